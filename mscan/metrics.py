@@ -7,7 +7,7 @@ __all__ = ['CLIP', 'PARTS', 'FLOOR', 'weighted_log_loss', 'study_losses', 'score
            'prior_table', 'prior_rows', 'uniform_rows', 'auroc', 'quadratic_kappa', 'grade_metrics', 'Interval',
            'bootstrap_interval', 'paired_bootstrap', 'score_report', 'mscan_score']
 
-# %% ../nbs/05_metrics.ipynb #969ce479
+# %% ../nbs/05_metrics.ipynb #19666c86
 import sys
 from json import dumps
 from pathlib import Path
@@ -16,7 +16,6 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 from fastcore.script import call_parse
-from scipy.stats import rankdata
 
 from .rsna import (CONDITIONS, GRADE_WEIGHTS, LEVELS, PROBS, TableError, check_probabilities, read_submission,
                         read_train, row_ids, split_row_ids)
@@ -152,7 +151,7 @@ def uniform_rows(
     thirds = pd.DataFrame([(c, l, *[1 / 3] * 3) for c in CONDITIONS for l in LEVELS], columns=['condition', 'level', *PROBS])
     return prior_rows(thirds, study_ids)
 
-# %% ../nbs/05_metrics.ipynb #1457efd7
+# %% ../nbs/05_metrics.ipynb #08cf91ad
 def auroc(
     rating,  # (n,) higher = more likely positive
     positive,  # (n,) bool
@@ -162,7 +161,9 @@ def auroc(
     positive = np.asarray(positive, bool)
     n, m = int(positive.sum()), int((~positive).sum())
     if min(n, m) < max(min_cases, 1): return float('nan')
-    return float((rankdata(rating)[positive].sum() - n * (n + 1) / 2) / (n * m))
+    _, place, count = np.unique(np.asarray(rating, float), return_inverse=True, return_counts=True)
+    rank = (np.cumsum(count) - (count - 1) / 2)[place]  # (n,) 1-based, ties share the mean of their ranks
+    return float((rank[positive].sum() - n * (n + 1) / 2) / (n * m))
 
 
 def quadratic_kappa(

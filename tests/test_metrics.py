@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from sklearn import metrics as sk
 
-from mscan.metrics import (CLIP, FLOOR, Interval, auroc, bootstrap_interval, floor_probabilities, grade_metrics, paired_bootstrap,
+from mscan.metrics import (CLIP, FLOOR, Interval, auroc, bootstrap_interval, floor_probabilities, grade_metrics, mscan_score, paired_bootstrap,
                            prior_rows, prior_table, quadratic_kappa, score, score_of, score_report, study_losses, uniform_rows, weighted_log_loss)
 from mscan.rsna import CONDITIONS, LEVELS, PROBS, TableError, row_ids, write_submission, write_train
 
@@ -314,10 +314,10 @@ def test_command_line(tmp_path):
 
     lines = (tmp_path/'s.csv').read_text().splitlines()
     (tmp_path/'bad.csv').write_text('\n'.join([*lines[:3], lines[3].replace('0.7', '0.9'), *lines[4:]]) + '\n')
-    for args, said in ((('--submission', tmp_path/'s.csv'), '--train_csv is needed'),
-                       (('--train_csv', tmp_path/'t.csv', '--submission', tmp_path/'bad.csv'), 'row 3 (1_left_neural_foraminal_narrowing_l3_l4): the probabilities do not sum to 1'),
-                       (('--train_csv', tmp_path/'none.csv', '--submission', tmp_path/'s.csv'), 'no such file')):
-        done = run(*args)
-        assert done.returncode == 1 and said in done.stderr and len(done.stderr.strip().splitlines()) == 1 and not done.stdout
-    done = run('--help')
-    assert done.returncode == 0 and 'weighted prior' in done.stdout and '--submission' in done.stdout
+    for args, said in ((dict(submission=tmp_path/'s.csv'), '--train_csv is needed'),
+                       (dict(train_csv=tmp_path/'t.csv', submission=tmp_path/'bad.csv'), 'row 3 (1_left_neural_foraminal_narrowing_l3_l4): the probabilities do not sum to 1'),
+                       (dict(train_csv=tmp_path/'none.csv', submission=tmp_path/'s.csv'), 'no such file')):
+        with pytest.raises(SystemExit, match='mscan_score: ') as stopped: mscan_score(**args)
+        assert said in stopped.value.code and '\n' not in stopped.value.code
+    done = run('--train_csv', tmp_path/'t.csv', '--submission', tmp_path/'bad.csv')
+    assert done.returncode == 1 and done.stderr.startswith('mscan_score: bad.csv, row 3') and len(done.stderr.splitlines()) == 1 and not done.stdout
