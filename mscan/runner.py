@@ -222,7 +222,7 @@ def run_stages(
             say(f'{stage:<20} done in {rows[-1][2]:.1f} s ({reason})' if reason else f'{stage:<20} skipped, nothing changed')
     return rows
 
-# %% ../nbs/08_runner.ipynb #b97b15e5
+# %% ../nbs/08_runner.ipynb #5d238eae
 class Parser(argparse.ArgumentParser):
     "argparse that ends with exit code 1 and one sentence."
     def error(self, message): self.exit(1, f'{self.prog}: {message}; see {self.prog} --help\n')
@@ -249,13 +249,13 @@ def run_parser() -> argparse.ArgumentParser:
     stages = textwrap.fill(' '.join(STAGES), 110, subsequent_indent='  ')
     p = Parser(prog='mscan_run', description='Runs the stages of M-SCAN in order, from DICOM files to submission.csv.',
                epilog=EPILOG % stages, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('--data_dir', required=True, help="the competition's folder as unpacked: CSV tables, train_images/, test_images/")
-    p.add_argument('--run_dir', required=True, help='folder of this run, made if needed; not inside data_dir')
+    p.add_argument('--data_dir', required=True, type=os.path.abspath, help="the competition's folder as unpacked: CSV tables, train_images/, test_images/")
+    p.add_argument('--run_dir', required=True, type=os.path.abspath, help='folder of this run, made if needed; not inside data_dir')
     p.add_argument('--preset', default='smoke', help='smoke, demo, paper, or a YAML file of your own (default: smoke)')
     p.add_argument('--stages', help='comma-separated stages to run (default: all of them)')
     p.add_argument('-p', nargs=2, action='append', default=[], metavar=('NAME', 'VALUE'), dest='settings',
                    help='set a parameter in every stage that declares it, or as STAGE.NAME in one; may be repeated')
-    p.add_argument('--nbs', help='folder of the stage notebooks (default: nbs/ beside the installed package)')
+    p.add_argument('--nbs', type=os.path.abspath, help='folder of the stage notebooks (default: nbs/ beside the installed package)')
     p.add_argument('--plan', action='store_true', help='print what would run, with every parameter, and run nothing')
     return p
 
