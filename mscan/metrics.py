@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['CLIP', 'PARTS', 'FLOOR', 'weighted_log_loss', 'study_losses', 'score_of', 'score', 'floor_probabilities',
            'prior_table', 'prior_rows', 'uniform_rows', 'auroc', 'quadratic_kappa', 'grade_metrics', 'Interval',
-           'bootstrap_interval', 'paired_bootstrap', 'score_report', 'mscan_score']
+           'bootstrap_draws', 'percentile_interval', 'bootstrap_interval', 'paired_bootstrap', 'score_report',
+           'mscan_score']
 
 # %% ../nbs/05_metrics.ipynb #19666c86
 import sys
@@ -196,7 +197,7 @@ def grade_metrics(
             'binary_auroc': auroc(-r[:, 0], g > 0, min_cases), 'binary_accuracy': float(((r[:, 0] < .5) == (g > 0)).mean()),
             'kappa': quadratic_kappa(g, said), 'n': len(g)}
 
-# %% ../nbs/05_metrics.ipynb #95be375c
+# %% ../nbs/05_metrics.ipynb #3266cdfa
 class Interval(NamedTuple):
     "A figure with its bootstrap interval."
     value: float
@@ -206,22 +207,40 @@ class Interval(NamedTuple):
     def __format__(self, spec): return f'{self.value:{spec}} ({self.low:{spec}} to {self.high:{spec}})'
 
 
-def bootstrap_interval(
-    statistic,  # rows (int array of positions, repeats allowed) -> float
+def bootstrap_draws(
+    statistic,  # rows (int array of positions, repeats allowed) -> float, or several floats
     study_ids,  # (n,) the study of each row
     n=1000,  # draws
     seed=0,  # of the draws; equal seeds draw equal studies
-    level=.95,  # coverage
-) -> Interval:  # value on all rows, percentile interval; nan if under half of the draws are defined
-    "Percentile bootstrap over studies: whole studies are drawn, with all their rows."
+) -> np.ndarray:  # (n,) or (n, k)
+    "The statistic on n draws of studies: whole studies are drawn, with all their rows."
     codes, _ = pd.factorize(pd.Series(list(study_ids)))
     order = np.argsort(codes, kind='stable')
     groups = np.split(order, np.flatnonzero(np.diff(codes[order])) + 1)  # rows of each study
     rng = np.random.default_rng(seed)
-    drawn = np.array([statistic(np.concatenate([groups[i] for i in rng.integers(0, len(groups), len(groups))])) for _ in range(n)], float)
-    drawn, tail = drawn[np.isfinite(drawn)], 50 * (1 - level)
-    low, high = np.percentile(drawn, (tail, 100 - tail)) if 2 * len(drawn) > n else (np.nan, np.nan)
-    return Interval(float(statistic(order)), float(low), float(high))
+    return np.array([statistic(np.concatenate([groups[i] for i in rng.integers(0, len(groups), len(groups))])) for _ in range(n)], float)
+
+
+def percentile_interval(
+    value,  # the statistic on all rows
+    draws,  # (n,) of `bootstrap_draws`
+    level=.95,  # coverage
+) -> Interval:  # nan bounds if under half of the draws are defined
+    "Percentile interval of a statistic from its draws."
+    drawn, tail = draws[np.isfinite(draws)], 50 * (1 - level)
+    low, high = np.percentile(drawn, (tail, 100 - tail)) if 2 * len(drawn) > len(draws) else (np.nan, np.nan)
+    return Interval(float(value), float(low), float(high))
+
+
+def bootstrap_interval(
+    statistic,  # rows (int array of positions, repeats allowed) -> float
+    study_ids,  # (n,) the study of each row
+    n=1000,  # draws
+    seed=0,  # of the draws
+    level=.95,  # coverage
+) -> Interval:  # value on all rows, percentile interval
+    "A statistic with its bootstrap interval over studies."
+    return percentile_interval(statistic(np.arange(len(study_ids))), bootstrap_draws(statistic, study_ids, n, seed), level)
 
 
 def paired_bootstrap(
