@@ -1,0 +1,149 @@
+"Properties of the phantom that a wrong implementation breaks: determinism, header facts, where the points lie."
+import hashlib
+
+import numpy as np
+import pydicom
+import pytest
+
+from mscan import dicom, phantom, rsna
+from mscan.geometry import contains, plane_of
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory):
+    return phantom.make_phantom(tmp_path_factory.mktemp('phantom') / 'data', 3, 2, seed=5, size='small', workers=2, progress=False)
+
+
+def digest(folder):
+    return {p.relative_to(folder).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.rglob('*')) if p.is_file() and p.name != 'phantom.json'}
+
+
+def test_same_files_whatever_the_workers_and_the_count(data, tmp_path):
+    one = phantom.make_phantom(tmp_path / 'one', 2, 2, seed=5, size='small', workers=1, progress=False)
+    a, b = digest(data), digest(one)
+    images = [k for k in b if k.endswith('.dcm')]
+    assert len(images) > 100 and all(a[k] == b[k] for k in images)
+    assert a['test_labels.csv'] == b['test_labels.csv'] and a['train.csv'] != b['train.csv']
+
+
+def test_second_call_does_nothing_and_foreign_folders_are_refused(data, tmp_path, capsys):
+    before = {p: p.stat().st_mtime_ns for p in data.rglob('*.dcm')}
+    phantom.make_phantom(data, 3, 2, seed=5, size='small', progress=False)
+    assert 'already there' in capsys.readouterr().out and before == {p: p.stat().st_mtime_ns for p in data.rglob('*.dcm')}
+    (tmp_path / 'mine.txt').write_text('x')
+    with pytest.raises(ValueError, match='no phantom run'): phantom.make_phantom(tmp_path, 1, 0)
+    for wrong in (dict(studies=0, test_studies=0), dict(seed=-1), dict(size='huge'), dict(workers=0)):
+        with pytest.raises(ValueError): phantom.make_phantom(tmp_path / 'new', **wrong)
+
+
+def test_an_unfinished_set_is_made_anew(tmp_path):
+    out = phantom.make_phantom(tmp_path / 'd', 1, 0, size='small', workers=1, progress=False)
+    whole = digest(out)
+    (out / 'phantom.json').write_text((out / 'phantom.json').read_text().replace('true', 'false'))
+    next(out.rglob('*.dcm')).unlink()
+    phantom.make_phantom(out, 1, 0, size='small', workers=1, progress=False)
+    assert digest(out) == whole
+
+
+def test_tables_are_the_competitions(data):
+    labels, points = rsna.read_train(data / 'train.csv'), rsna.read_coordinates(data / 'train_label_coordinates.csv')
+    described = rsna.read_descriptions(data / 'train_series_descriptions.csv')
+    sample = rsna.read_submission(data / 'sample_submission.csv')
+    found = rsna.discover_images(data, 'train')
+    assert set(map(tuple, found[['study_id', 'series_id']].to_numpy())) == set(map(tuple, described[['study_id', 'series_id']].to_numpy()))
+    assert list(sample.row_id) == rsna.row_ids(list(rsna.read_train(data / 'test_labels.csv').study_id.unique()))
+    views = points.merge(described, on=['study_id', 'series_id'])['view']
+    wanted = points.condition.map(lambda c: {'spin': 'sagittal_t2', 'fora': 'sagittal_t1', 'suba': 'axial_t2'}[c.replace('left_', '').replace('right_', '').replace('neural_', '')[:4]])
+    assert (views.to_numpy() == wanted.to_numpy()).all()
+    labelled = labels.dropna(subset='grade')
+    assert len(points) == len(labelled) and len(points.merge(labelled, on=['study_id', 'condition', 'level'])) == len(points)
+
+
+def test_headers_are_the_competitions(data):
+    frames, instances = {}, {}
+    for file in data.rglob('*.dcm'):
+        d = pydicom.dcmread(file)
+        study, series = file.parts[-3:-1]
+        assert len(d) == 27 and d.file_meta.TransferSyntaxUID == pydicom.uid.RLELossless and d.file_meta.MediaStorageSOPClassUID.name == 'Enhanced MR Image Storage'
+        assert not [k for k in ('SOPClassUID', 'Modality', 'Manufacturer', 'RescaleSlope', 'NumberOfFrames', 'StudyDate', 'BodyPartExamined') if k in d]
+        assert (d.StudyInstanceUID, d.SeriesInstanceUID, d.PatientID) == (study, f'{study}.{series}', study)
+        assert d.SeriesDescription in ('T1', 'T2') and str(d.InstanceNumber) == file.stem and (d.BitsAllocated, d.BitsStored, d.PixelRepresentation) == (16, 12, 0)
+        frames.setdefault(study, set()).add(d.FrameOfReferenceUID); instances.setdefault(study, []).append(d.SOPInstanceUID)
+    assert all(len(f) >= 3 for f in frames.values()) and all(len(set(i)) < len(i) for i in instances.values())
+
+
+@pytest.mark.parametrize('k', range(3))
+def test_points_and_truth_agree_in_the_patient(k):
+    p = phantom.phantom_study(11, k, 'small', pixels=False)
+    truth = p.truth.set_index(['condition', 'level'])[['x_mm', 'y_mm', 'z_mm']]
+    series = {s.series_id: s for s in p.study.series}
+    off = []
+    for r in p.points.itertuples():
+        s = series[r.series_id]
+        plane = plane_of(s, list(s.instance_number).index(r.instance_number))
+        off.append(np.linalg.norm(plane.to_pixel(truth.loc[r.condition, r.level].to_numpy()) - (r.x, r.y)) * plane.spacing[0])
+    assert np.median(off) < 3 * phantom.POINT_NOISE and max(off) < 6 * phantom.POINT_NOISE
+    for name in ('neural_foraminal_narrowing', 'subarticular_stenosis'):   # LPS: x grows to the patient's left
+        assert (truth.loc[f'left_{name}'].x_mm > truth.loc[f'right_{name}'].x_mm + 10).all()
+    z = truth.loc['spinal_canal_stenosis'].z_mm.to_numpy()
+    assert (np.diff(z) < -18).all() and (np.diff(z) > -40).all()
+
+
+@pytest.mark.parametrize('k', range(8))
+def test_every_level_is_seen_in_every_view(k):
+    p = phantom.phantom_study(3, k, pixels=False)
+    canal = p.truth[p.truth.condition == 'spinal_canal_stenosis'][['x_mm', 'y_mm', 'z_mm']].to_numpy()
+    for view in ('sagittal_t1', 'sagittal_t2', 'axial_t2'):
+        series = p.study.of(view)[0]
+        planes = [plane_of(series, i) for i in range(len(series))]
+        away = np.abs([plane.distance(canal) for plane in planes])
+        inside = np.array([contains(plane, canal) for plane in planes])
+        assert (np.where(inside, away, np.inf).min(0) < 4).all()
+        assert len(np.unique(series.stack)) <= 6
+
+
+def area(anatomy, level):
+    "Sac in mm2 at the middle of a disc, counted on a fine grid."
+    row = anatomy.row(anatomy.disc_s[level])
+    q = anatomy.profile
+    return np.pi / 4 * (q['sac_back'][row] - q['sac_front'][row]) * (q['sac_left'][row] + q['sac_right'][row])
+
+
+def test_a_worse_canal_is_narrower_and_darker():
+    sizes, light = [], []
+    for d in (.1, .5, .9):
+        a = phantom.Anatomy(np.random.default_rng(4), np.full((5, 5), .1) + np.eye(5)[0][:, None] * np.array([0, 0, d - .1, 0, 0]), np.full(5, .4))
+        point = a.landmarks()[0, 2]
+        plane = phantom.stack_of([point], np.array([1., 0, 0]), np.array([0, 1., 0]), .5, (61, 61))[0]
+        sizes.append(area(a, 2)); light.append((phantom.expose(a, plane, 'T2', 4.) > .75)[12:49, 8:53].mean())
+    assert sizes[0] > 1.5 * sizes[1] > 2.5 * sizes[2] and light[0] > 1.3 * light[1] > 1.6 * light[2]
+
+
+def test_prevalence_is_met_and_grades_hang_together():
+    rng = np.random.default_rng(0)
+    grades = np.stack([phantom.read_grades(rng, phantom.draw_degrees(rng)[0]) for _ in range(3000)])
+    for c, name in enumerate(rsna.CONDITIONS):
+        wanted = np.array(phantom.PREVALENCE['demo'][name])
+        assert np.abs(np.stack([(grades[:, c] == g).mean(0) for g in (1, 2)], 1) - wanted).max() < .035
+    together = lambda a, b: np.corrcoef(a.ravel(), b.ravel())[0, 1]
+    assert together(grades[:, 0, :4], grades[:, 0, 1:]) > .25 and together(grades[:, 3], grades[:, 4]) > .45 > together(grades[:, 0], grades[:, 1]) > .15
+
+
+def test_acquisition_knows_nothing_of_the_grades():
+    degree = [np.full((5, 5), d) for d in (.05, .95)]
+    plans = []
+    for d in degree:
+        a = phantom.Anatomy(np.random.default_rng(2), d, np.full(5, .5))
+        plans.append(phantom.plan_study(np.random.default_rng(3), a, 'demo'))
+    for one, two in zip(*plans, strict=True):
+        assert (one.view, one.gap, one.thickness, list(one.numbers)[0], one.planes[0].shape, one.planes[0].spacing[0]) == (two.view, two.gap, two.thickness, list(two.numbers)[0], two.planes[0].shape, two.planes[0].spacing[0])
+
+
+def test_memory_and_disk_hold_the_same_study(data):
+    number = phantom.study_number(5, 0)
+    read, made = dicom.read_study(data, 'train', number), phantom.phantom_study(5, 0, 'small').study
+    assert not read.problems
+    for view in rsna.VIEWS.values():
+        for a, b in zip(read.of(view), made.of(view), strict=True):
+            assert (a.instance_number == b.instance_number).all() and (a.stack == b.stack).all() and all((x == y).all() for x, y in zip(a.pixels, b.pixels, strict=True))
+            assert np.abs(a.image_position - b.image_position).max() < 1e-4
