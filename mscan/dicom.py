@@ -83,7 +83,7 @@ def order_slices(
     order = np.lexsort(((middle * normal).sum(1), rank[group]))
     return order, rank[group][order]
 
-# %% ../nbs/01_dicom.ipynb #417e3704
+# %% ../nbs/01_dicom.ipynb #32730171
 MAX_SIDE = 4096  # pixels; the largest real slice has 1,024
 
 
@@ -97,6 +97,7 @@ def read_header(
     if file.stat().st_size == 0: raise DicomError('empty file (0 bytes)')
     try: dataset = pydicom.dcmread(file, stop_before_pixels=not pixels)
     except Exception as e: raise DicomError(f'not readable as DICOM ({type(e).__name__}: {e})'.split('\n')[0]) from e
+    if pixels and 'PixelData' not in dataset: raise DicomError('no pixel data; the file may be cut off')
     facts = dict(dataset=dataset)
     for name, keyword, size in (('position', 'ImagePositionPatient', 3), ('orientation', 'ImageOrientationPatient', 6), ('spacing', 'PixelSpacing', 2)):
         try: value = np.array([float(v) for v in dataset[keyword].value])
@@ -116,12 +117,11 @@ def read_header(
         number = digits[-1]
     return facts | dict(shape=shape, instance_number=int(number))
 
-# %% ../nbs/01_dicom.ipynb #c91e7e18
+# %% ../nbs/01_dicom.ipynb #b9870de6
 def read_pixels(
     dataset,  # what pydicom read
 ) -> np.ndarray:  # (rows, columns), integer or float32 after a rescale
     "Pixels of one slice, brighter = more signal; raises DicomError where they cannot be decoded."
-    if 'PixelData' not in dataset: raise DicomError('no pixel data')
     syntax = getattr(dataset.file_meta, 'TransferSyntaxUID', None)
     if syntax is None: raise DicomError('no transfer syntax in the file meta group')
     if syntax.is_compressed and syntax != RLELossless and not syntax.is_deflated:
