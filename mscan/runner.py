@@ -190,7 +190,7 @@ def execute(
         raise StageFailed(f'stage {stage} ran through but wrote no manifest: its last cell must call stage.finish(). '
                           f'Executed notebook: {portable(executed)}') from None
 
-# %% ../nbs/08_runner.ipynb #ecca2259
+# %% ../nbs/08_runner.ipynb #5518196d
 @contextlib.contextmanager
 def locked(run_dir):
     "Holds the run's folder for this process. Raises `RunError` if another one has it."
@@ -213,7 +213,7 @@ def run_stages(
     run_dir.mkdir(parents=True, exist_ok=True)
     with locked(run_dir), tqdm(planned, desc='stages', unit='stage', disable=None) as bar:
         for stage in bar:
-            bar.set_description(stage)
+            bar.set_description(stage); bar.set_postfix_str('')
             places = dict(run_dir=portable(run_dir), data_dir=portable(data_dir))
             values = planned[stage] | {k: v for k, v in places.items() if k in planned[stage]}
             reason, start = why_run(run_dir, stage, values, folder/f'{stage}.ipynb'), time.perf_counter()
