@@ -197,7 +197,7 @@ def grade_metrics(
             'binary_auroc': auroc(-r[:, 0], g > 0, min_cases), 'binary_accuracy': float(((r[:, 0] < .5) == (g > 0)).mean()),
             'kappa': quadratic_kappa(g, said), 'n': len(g)}
 
-# %% ../nbs/05_metrics.ipynb #3266cdfa
+# %% ../nbs/05_metrics.ipynb #9dc84ef2
 class Interval(NamedTuple):
     "A figure with its bootstrap interval."
     value: float
@@ -220,7 +220,7 @@ def bootstrap_draws(
     rng = np.random.default_rng(seed)
     return np.array([statistic(np.concatenate([groups[i] for i in rng.integers(0, len(groups), len(groups))])) for _ in range(n)], float)
 
-
+# %% ../nbs/05_metrics.ipynb #aa23cf89
 def percentile_interval(
     value,  # the statistic on all rows
     draws,  # (n,) of `bootstrap_draws`
