@@ -106,7 +106,7 @@ def plan(
         settle(values, declared, [stage] if dot else chosen, short, value, f'-p {name}')
     return {s: values[s] for s in declared if s in chosen}
 
-# %% ../nbs/08_runner.ipynb #b946deba
+# %% ../nbs/08_runner.ipynb #346a55d4
 def why_run(
     run_dir,  # the run's folder
     stage,    # '20_keypoints'
@@ -115,7 +115,7 @@ def why_run(
 ) -> str:     # the reason, or '' if the stage is done
     "Why a stage has to run; empty if its manifest still matches code, parameters, inputs and products."
     try: found = read_manifest(run_dir, stage)
-    except RunError: return 'was cut off' if (resolve(run_dir)/stage/UNFINISHED).exists() else 'not run yet'
+    except RunError: return 'was not finished' if (resolve(run_dir)/stage/UNFINISHED).exists() else 'not run yet'
     now = {k: portable(v) if k == 'data_dir' else v for k, v in values.items() if k != 'run_dir'}
     old = found.record['parameters']
     for k in sorted(now | old):

@@ -143,7 +143,7 @@ def data_hash(data_dir) -> str:
     if not resolve(data_dir).is_dir(): raise RunError(f'data_dir {data_dir} is not a folder')
     return listing_hash(resolve(data_dir), times=True)[0]
 
-# %% ../nbs/07_runs.ipynb #40b0cd5b
+# %% ../nbs/07_runs.ipynb #03f68bcd
 @dataclass
 class Manifest:
     "A finished stage, as its manifest.json tells it."
@@ -184,7 +184,7 @@ def read_manifest(
     run_dir = resolve(run_dir)
     file = run_dir/stage/MANIFEST
     if not file.is_file() or (run_dir/stage/UNFINISHED).exists():
-        state = 'was cut off' if (run_dir/stage/UNFINISHED).exists() else 'has not run'
+        state = 'was not finished' if (run_dir/stage/UNFINISHED).exists() else 'has not run'
         raise RunError(f'stage {stage} {state} in {run_dir}; run it first')
     return Manifest(run_dir, stage, json.loads(file.read_text(encoding='utf-8')))
 

@@ -120,7 +120,7 @@ def test_a_moved_run_still_works(place, quick):
 def test_half_written_stage_is_emptied(place, quick):
     with pytest.raises(ValueError): go(place, ('times', '10'))
     assert (place/'run'/'20_keypoints'/'folder'/'half').exists()
-    with pytest.raises(RunError, match='cut off'): read_manifest(place/'run', '20_keypoints')
+    with pytest.raises(RunError, match='not finished'): read_manifest(place/'run', '20_keypoints')
     assert go(place) == ['20_keypoints', '30_crops']
 
 
@@ -235,7 +235,7 @@ def test_killed_run_goes_on_at_the_stage_that_was_cut_off(place):
     again = cli(place)
     assert again.returncode == 0, again.stderr
     assert (place/'run'/'10_prepare'/'manifest.json').read_bytes() == first
-    assert 'was cut off' in again.stderr + again.stdout and 'skipped' in again.stderr + again.stdout
+    assert 'was not finished' in again.stderr + again.stdout and 'skipped' in again.stderr + again.stdout
     assert read_manifest(place/'run', '30_crops').path('text').read_text() == '6'
 
 
