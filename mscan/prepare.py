@@ -7,7 +7,7 @@ __all__ = ['GEOMETRY', 'read_tables', 'series_report', 'study_report', 'check_da
            'load_study', 'locate_points', 'clean_canal_points', 'split_studies', 'prepare', 'load_tables', 'sentence',
            'quality_lines', 'mscan_check']
 
-# %% ../nbs/10_prepare.ipynb #d60dd601
+# %% ../nbs/10_prepare.ipynb #21bfcbe6
 import json
 import os
 import sys
@@ -27,19 +27,18 @@ from .dicom import Series, Study, read_study
 from .geometry import plane_of
 from .images import normalise
 from .metrics import prior_table
-from .rsna import LEVELS, TableError, discover_images, read_coordinates, read_descriptions, read_train
+from .rsna import LEVELS, TableError, discover_studies, read_coordinates, read_descriptions, read_train
 
-# %% ../nbs/10_prepare.ipynb #0c444478
+# %% ../nbs/10_prepare.ipynb #2599f8af
 def read_tables(
     data_dir,            # competition folder
     split: str='train',  # 'train' or 'test'
     coords_csv: str='',  # a corrected table of coordinates, instead of the folder's
-) -> SimpleNamespace:    # images, descriptions, labels, points; notes: list of sentences
+) -> SimpleNamespace:    # studies (ids on disk), descriptions, labels, points; notes: list of sentences
     "The tables of one split and the images that are there; raises TableError without train.csv (split 'train')."
     data_dir, notes = Path(data_dir), []
     if not data_dir.is_dir(): raise TableError(f'there is no folder {data_dir}')
-    images = discover_images(data_dir, split)
-    have = set(images.study_id)
+    have = set(discover_studies(data_dir, split))
     described = data_dir / f'{split}_series_descriptions.csv'
     descriptions = read_descriptions(described) if described.exists() else None
     if descriptions is None and have: notes.append(f'{described.name} is absent: views are decided from the images')
@@ -55,7 +54,7 @@ def read_tables(
         have -= unlabelled
         labels, points = labels[labels.study_id.isin(have)], points[points.study_id.isin(have)]
     if listed - have: notes.append(f'the {split} tables list {len(listed)} studies, {len(listed & have)} of them have images: the other {len(listed - have)} are left out')
-    return SimpleNamespace(images=images[images.study_id.isin(have)], descriptions=descriptions, labels=labels, points=points,
+    return SimpleNamespace(descriptions=descriptions, labels=labels, points=points,
                            studies=sorted(have), notes=notes)
 
 # %% ../nbs/10_prepare.ipynb #6494c5dc
