@@ -6,15 +6,15 @@
 __all__ = ['EPILOG', 'find_stages', 'as_type', 'unknown', 'read_preset', 'settle', 'plan', 'why_run', 'StageFailed', 'failure',
            'environ', 'execute', 'locked', 'run_stages', 'Parser', 'run_parser', 'show_plan', 'mscan_run']
 
-# %% ../nbs/08_runner.ipynb #f5906b85
+# %% ../nbs/08_runner.ipynb #af8c44da
 import argparse, contextlib, fcntl, os, re, sys, tempfile, textwrap, time
 from difflib import get_close_matches
 from pathlib import Path
 
 import mscan, yaml
 from tqdm import tqdm
-from .runs import (MANIFEST, UNFINISHED, STAGES, RunError, code_hash, data_hash, declared_parameters, find_nbs, portable, project_root,
-                        read_manifest, resolve)
+from .runs import (MANIFEST, UNFINISHED, STAGES, RunError, code_hash, declared_parameters, find_nbs, noted, portable,
+                        project_root, read_manifest, resolve)
 
 # %% ../nbs/08_runner.ipynb #e18a01af
 def find_stages(
@@ -106,7 +106,7 @@ def plan(
         settle(values, declared, [stage] if dot else chosen, short, value, f'-p {name}')
     return {s: values[s] for s in declared if s in chosen}
 
-# %% ../nbs/08_runner.ipynb #346a55d4
+# %% ../nbs/08_runner.ipynb #2baf897b
 def why_run(
     run_dir,  # the run's folder
     stage,    # '20_keypoints'
@@ -116,15 +116,15 @@ def why_run(
     "Why a stage has to run; empty if its manifest still matches code, parameters, inputs and products."
     try: found = read_manifest(run_dir, stage)
     except RunError: return 'was not finished' if (resolve(run_dir)/stage/UNFINISHED).exists() else 'not run yet'
-    now = {k: portable(v) if k == 'data_dir' else v for k, v in values.items() if k != 'run_dir'}
-    old = found.record['parameters']
+    old, inputs = found.record['parameters'], found.record['inputs']
+    now, files = noted(values)
     for k in sorted(now | old):
         if now.get(k) != old.get(k): return f'{k} was {old.get(k)!r}, is {now.get(k)!r}'
     if found.record['code'] != code_hash(notebook): return 'its code changed'
-    for name, hash in found.record['inputs'].items():
-        if name == 'data_dir':
-            if hash != data_hash(values['data_dir']): return 'files in data_dir changed'
-        elif not (resolve(run_dir)/name/MANIFEST).is_file() or read_manifest(run_dir, name).hash != hash: return f'{name} ran again'
+    for k in sorted(files | {k: 0 for k in inputs if k in now}):
+        if files.get(k) != inputs.get(k): return 'files in data_dir changed' if k == 'data_dir' else f'the file {k} changed'
+    for name in sorted(set(inputs) - set(now)):
+        if not (resolve(run_dir)/name/MANIFEST).is_file() or read_manifest(run_dir, name).hash != inputs[name]: return f'{name} ran again'
     gone = found.changed()
     return f'product {gone[0]} is gone or changed' if gone else ''
 

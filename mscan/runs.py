@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['STAGES', 'MANIFEST', 'UNFINISHED', 'RunError', 'is_project', 'project_root', 'resolve', 'portable', 'find_nbs',
-           'notebook_cells', 'declared_parameters', 'code_hash', 'listing_hash', 'file_hash', 'data_hash', 'Manifest',
-           'read_manifest', 'plain', 'environment', 'git_commit', 'stage_record', 'open_folder', 'Stage',
+           'notebook_cells', 'declared_parameters', 'code_hash', 'listing_hash', 'file_hash', 'data_hash', 'noted',
+           'Manifest', 'read_manifest', 'plain', 'environment', 'git_commit', 'stage_record', 'open_folder', 'Stage',
            'write_manifest']
 
 # %% ../nbs/07_runs.ipynb #19bcc113
@@ -143,7 +143,16 @@ def data_hash(data_dir) -> str:
     if not resolve(data_dir).is_dir(): raise RunError(f'data_dir {data_dir} is not a folder')
     return listing_hash(resolve(data_dir), times=True)[0]
 
-# %% ../nbs/07_runs.ipynb #03f68bcd
+# %% ../nbs/07_runs.ipynb #d1212916
+def noted(
+    values, # parameter -> value
+) -> tuple: # (the parameters as a manifest notes them, {parameter: hash} of the files and the data folder that they name)
+    "Parameters without run_dir, paths in their portable form, and what stands behind the paths. Raises `RunError` without data_dir."
+    inputs = {k: file_hash(resolve(v)) for k, v in values.items() if isinstance(v, str) and v and resolve(v).is_file()}
+    if 'data_dir' in values: inputs['data_dir'] = data_hash(values['data_dir'])
+    return {k: portable(v) if k in inputs else v for k, v in values.items() if k != 'run_dir'}, inputs
+
+# %% ../nbs/07_runs.ipynb #ce2d2aa6
 @dataclass
 class Manifest:
     "A finished stage, as its manifest.json tells it."
@@ -160,8 +169,8 @@ class Manifest:
     @property
     def hash(self) -> str: return file_hash(self.dir/MANIFEST)
     @property
-    def parameters(self) -> dict: # data_dir as an absolute path
-        return {k: str(resolve(v)) if k == 'data_dir' else v for k, v in self.record['parameters'].items()}
+    def parameters(self) -> dict: # files and data_dir as absolute paths
+        return {k: str(resolve(v)) if k in self.record['inputs'] else v for k, v in self.record['parameters'].items()}
 
     def path(self, name) -> Path:
         "Where a product lies. Raises `RunError` for a name the stage does not know or a product that is gone."
@@ -219,7 +228,7 @@ def git_commit() -> str:
     except OSError: return None
     return head.stdout.strip() + ('+' if status.stdout.strip() else '') if head.returncode == 0 else None
 
-# %% ../nbs/07_runs.ipynb #40dc9528
+# %% ../nbs/07_runs.ipynb #3cadd298
 def stage_record(
     stage,     # name of the notebook, as '20_keypoints'
     namespace, # globals() of the notebook
@@ -232,9 +241,8 @@ def stage_record(
     missing = [n for n in declared if n not in namespace]
     if missing: raise RunError(f'{stage}: run the parameters cell first; it declares {", ".join(missing)}')
     if 'run_dir' not in declared: raise RunError(f'{stage}: its parameters cell declares no run_dir')
-    values = {n: namespace[n] for n in declared}
-    run_dir, inputs = resolve(values.pop('run_dir')), {}
-    if 'data_dir' in values: inputs['data_dir'], values['data_dir'] = data_hash(values['data_dir']), portable(values['data_dir'])
+    run_dir = resolve(namespace['run_dir'])
+    values, inputs = noted({n: namespace[n] for n in declared})
     seeds = {k: v for k, v in values.items() if 'seed' in k}
     return run_dir, dict(stage=stage, parameters=values, code=code_hash(notebook), commit=git_commit(), seeds=seeds,
                          inputs=inputs, products={}, metrics={})

@@ -108,6 +108,19 @@ def test_stage_selection_and_stale_upstream(place, quick):
     assert read_manifest(place/'run', '30_crops').path('text').read_text() == '10'
 
 
+def test_a_file_named_by_a_parameter_counts_by_its_content(place, quick):
+    edit(place, '30_crops', 'epochs = 1', "epochs = 1\\ncoords_csv = ''")
+    go(place)
+    table = place/'fixed.csv'; table.write_text('a')
+    setting = ('coords_csv', str(table))
+    assert go(place, setting) == ['30_crops'] and go(place, setting) == []
+    table.write_text('b')
+    assert go(place, setting) == ['30_crops']
+    assert read_manifest(place/'run', '30_crops').parameters['coords_csv'] == str(table)
+    table.unlink()
+    assert go(place, setting) == ['30_crops']
+
+
 def test_a_moved_run_still_works(place, quick):
     go(place)
     (place/'run').rename(place/'elsewhere')
