@@ -24,3 +24,23 @@ $(STAMP): requirements.lock settings.ini setup.py
 lock:
 	$(BIN)/uv pip compile setup.py --extra dev --universal --generate-hashes --no-annotate --no-header \
 	  -c constraints.txt --override overrides.txt -o requirements.lock
+
+# The phantom is made once (a second call finds it complete), the run goes on where it stopped, the table is read from both.
+demo: setup
+	$(BIN)/mscan_phantom --out $(DATA) --studies 64 --test_studies 40 --seed 1
+	$(BIN)/mscan_run --data_dir $(DATA) --run_dir $(RUN) --preset demo
+	$(BIN)/mscan_evaluate --run_dir $(RUN) --train_csv $(DATA)/test_labels.csv --truth_csv $(DATA)/truth.csv --json $(RUN)/held_out.json
+
+test: setup
+	$(BIN)/python -m pytest -q -n 2 --dist loadgroup -m "not slow" tests
+
+test-all: setup
+	$(BIN)/python -m pytest -q -n 2 --dist loadgroup tests
+
+# Run the lessons of every notebook (or N=name) and store what they show; the run parts are left alone.
+lessons: setup
+	$(BIN)/python tests/lessons.py $(N)
+	$(BIN)/nbdev_clean
+
+clean:
+	rm -rf $(RUN) $(DATA) build dist *.egg-info

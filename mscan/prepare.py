@@ -29,7 +29,7 @@ from .images import normalise
 from .metrics import prior_table
 from .rsna import LEVELS, TableError, discover_studies, read_coordinates, read_descriptions, read_train
 
-# %% ../nbs/10_prepare.ipynb #2599f8af
+# %% ../nbs/10_prepare.ipynb #a406eaf5
 def read_tables(
     data_dir,            # competition folder
     split: str='train',  # 'train' or 'test'
@@ -38,7 +38,9 @@ def read_tables(
     "The tables of one split and the images that are there; raises TableError without train.csv (split 'train')."
     data_dir, notes = Path(data_dir), []
     if not data_dir.is_dir(): raise TableError(f'there is no folder {data_dir}')
-    have = set(discover_studies(data_dir, split))
+    here = split == 'train' or (data_dir / f'{split}_images').is_dir()
+    have = set(discover_studies(data_dir, split)) if here else set()
+    if not here: notes.append(f'there is no folder {split}_images')
     described = data_dir / f'{split}_series_descriptions.csv'
     descriptions = read_descriptions(described) if described.exists() else None
     if descriptions is None and have: notes.append(f'{described.name} is absent: views are decided from the images')

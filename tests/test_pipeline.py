@@ -1,0 +1,186 @@
+"The whole way, once: a small phantom with all that can be wrong with a study, through every stage, and then as a user would use the run."
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from mscan.dicom import read_series
+from mscan.rsna import row_ids
+
+BIN = Path(sys.executable).parent
+ENV = os.environ | dict(OMP_NUM_THREADS='2', MPLBACKEND='Agg')
+
+
+def command(name, *args, ok=True):
+    done = subprocess.run([BIN / name, *map(str, args)], capture_output=True, text=True, env=ENV)
+    assert (done.returncode == 0) == ok, done.stdout[-3000:] + done.stderr[-3000:]
+    return done
+
+
+def view_of(folder): return read_series(folder, pixels=False).view
+
+
+@pytest.fixture(scope='module')
+def data(small_data, tmp_path_factory):
+    "The small phantom, with tables that list far more studies than there are images, and test studies broken in seven ways."
+    folder = tmp_path_factory.mktemp('pipeline') / 'data'
+    shutil.copytree(small_data, folder)
+    test = folder / 'test_images'
+    good = sorted(p.name for p in test.iterdir())[0]
+    descriptions = pd.read_csv(folder / 'test_series_descriptions.csv', dtype=str)
+    mine, broken = descriptions[descriptions.study_id == good], {}
+
+    def copy(number, change):
+        target = test / str(number)
+        shutil.copytree(test / good, target)
+        change(target)
+        broken[str(number)] = change.__name__
+        return mine.assign(study_id=str(number))
+
+    def without(view): return lambda d: [shutil.rmtree(p) for p in d.iterdir() if view_of(p) == view]
+    def no_sagittal_t2(d): without('sagittal_t2')(d)
+    def no_sagittal_t1(d): without('sagittal_t1')(d)
+    def no_axial(d): without('axial_t2')(d)
+    def zero_byte(d): next((p for p in d.iterdir() if view_of(p) == 'axial_t2')).joinpath('1.dcm').write_bytes(b'')
+    def truncated(d): f = sorted(next(p for p in d.iterdir() if view_of(p) == 'sagittal_t2').iterdir())[0]; f.write_bytes(f.read_bytes()[:-900])
+    def nothing_readable(d): [f.write_bytes(b'no') for f in d.glob('*/*')]
+    def empty_folder(d): shutil.rmtree(d); d.mkdir()
+    rows = [copy(101 + k, c) for k, c in enumerate((no_sagittal_t2, no_sagittal_t1, no_axial, zero_byte, truncated, nothing_readable, empty_folder))]
+    pd.concat([descriptions, *rows]).to_csv(folder / 'test_series_descriptions.csv', index=False)
+    train = pd.read_csv(folder / 'train.csv')
+    many = pd.concat([train, *[train.assign(study_id=train.study_id + k) for k in range(1, 40)]])
+    many.to_csv(folder / 'train.csv', index=False)
+    return folder, broken
+
+
+@pytest.fixture(scope='module')
+def run(data, tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp('runs') / 'smoke'
+    return run_dir, command('mscan_run', '--data_dir', data[0], '--run_dir', run_dir, '--preset', 'smoke')
+
+
+def submission_of(folder): return pd.read_csv(folder / 'submission.csv').set_index('row_id'), pd.read_csv(folder / 'provenance.csv', keep_default_na=False).set_index('row_id')
+
+
+def test_every_stage_leaves_its_manifest_and_notebook(run):
+    run_dir, _ = run
+    stages = ['10_prepare', '20_keypoints', '21_projection', '30_crops', '31_encoders', '40_levels', '42_grading', '50_evaluate', '60_submission']
+    for stage in stages:
+        manifest = json.loads((run_dir / stage / 'manifest.json').read_text())
+        assert (run_dir / stage / f'{stage}.ipynb').exists() and manifest['seconds'] > 0 and manifest['products']
+        assert all((run_dir / stage / p['path']).exists() and p['sha256'] for p in manifest['products'].values())
+    text = ' '.join(p.read_text() for p in run_dir.glob('*/manifest.json'))
+    assert os.uname().nodename not in text or len(os.uname().nodename) < 4
+
+
+def test_tables_longer_than_the_images_are_one_line(run):
+    notes = json.loads((run[0] / '10_prepare' / 'quality.json').read_text())['notes']
+    said = [n for n in notes if 'left out' in n and 'train tables list' in n]
+    assert len(said) == 1 and '240 studies, 6 of them have images' in said[0], notes
+
+
+def test_25_rows_a_study_whatever_happened(run, data):
+    folder, broken = data
+    submission, provenance = submission_of(run[0] / '60_submission')
+    studies = sorted((p.name for p in (folder / 'test_images').iterdir()), key=lambda s: (len(s), s))
+    assert list(submission.index) == row_ids(studies) == list(provenance.index) and len(studies) == 2 + len(broken)
+    p = submission.to_numpy()
+    assert np.isfinite(p).all() and (p >= 1e-4 - 1e-12).all() and np.allclose(p.sum(1), 1, atol=1e-6)
+
+
+@pytest.mark.parametrize('change, source, word', [
+    ('no_sagittal_t2', 'prior', 'no sagittal T2 series'), ('no_sagittal_t1', 'model', 'no sagittal T1 series'), ('no_axial', 'prior', 'no axial T2 series'), ('zero_byte', 'model', 'empty file'),
+    ('truncated', 'model', 'left out'), ('nothing_readable', 'prior', 'no usable slice'), ('empty_folder', 'prior', 'no sagittal T2 series')])
+def test_the_provenance_says_why(run, data, change, source, word):
+    number = next(n for n, c in data[1].items() if c == change)
+    _, provenance = submission_of(run[0] / '60_submission')
+    canal = provenance.loc[[f'{number}_spinal_canal_stenosis_{level}' for level in ('l1_l2', 'l3_l4', 'l5_s1')]]
+    assert (canal['source'] == source).all() and canal.reason.str.contains(word).all(), canal.reason.tolist()
+
+
+def test_slices_name_files_that_are_there(run, data):
+    _, provenance = submission_of(run[0] / '60_submission')
+    graded = provenance[provenance['source'] == 'model']
+    assert len(graded) and (provenance[provenance['source'] != 'model'].slices == '').all()
+    for row_id, row in graded.iterrows():
+        names = row.slices.split()
+        assert 1 <= len(names) <= 10 and all((data[0] / 'test_images' / row_id.split('_')[0] / f'{n}.dcm').exists() for n in names), names
+
+
+def test_good_studies_are_graded_by_the_model_and_others_say_prior(run, data):
+    _, provenance = submission_of(run[0] / '60_submission')
+    good = provenance[~provenance.index.str.split('_').str[0].isin(list(data[1]))]
+    canal = good.index.str.contains('spinal_canal')
+    assert (good[canal]['source'] == 'model').all() and (good[~canal]['source'] == 'prior').all() and good[~canal].reason.str.contains('not graded by the model').all()
+
+
+def test_predict_repeats_the_run_without_train_csv(run, data, tmp_path):
+    "The same networks on the same studies by the other way, from a moved run and a folder without train.csv."
+    moved, bare = tmp_path / 'moved', tmp_path / 'bare'
+    shutil.copytree(run[0], moved)
+    bare.mkdir()
+    shutil.copytree(data[0] / 'test_images', bare / 'test_images')
+    shutil.copy(data[0] / 'test_series_descriptions.csv', bare)
+    command('mscan_predict', '--run_dir', moved, '--data_dir', bare, '--out', tmp_path / 'out', '--device', 'cpu')
+    (first, why), (second, why_again) = submission_of(run[0] / '60_submission'), submission_of(tmp_path / 'out')
+    assert list(first.index) == list(second.index) and np.abs(first - second).to_numpy().max() < 2e-3
+    assert (why['source'] == why_again['source']).all() and (why.slices == why_again.slices).all()
+
+
+def test_a_second_call_does_nothing_again(run, data):
+    before = {p: p.stat().st_mtime_ns for p in run[0].glob('*/manifest.json')}
+    command('mscan_run', '--data_dir', data[0], '--run_dir', run[0], '--preset', 'smoke')
+    assert before == {p: p.stat().st_mtime_ns for p in run[0].glob('*/manifest.json')}
+
+
+@pytest.mark.parametrize('arguments, word', [
+    (['--preset', 'nosuch'], 'nosuch'), (['--preset', 'smoke', '-p', 'epoch', '3'], 'epochs'), (['--preset', 'smoke', '--stages', '20_keypoint'], '20_keypoints')])
+def test_a_misspelt_word_is_an_error(run, data, arguments, word):
+    done = command('mscan_run', '--data_dir', data[0], '--run_dir', run[0], *arguments, ok=False)
+    assert done.returncode in (1, 2) and word in done.stderr + done.stdout and 'Traceback' not in done.stderr
+
+
+def test_score_and_check_speak(run, data, tmp_path):
+    labels = pd.read_csv(data[0] / 'test_labels.csv')
+    submission = pd.read_csv(run[0] / '60_submission' / 'submission.csv')
+    mine = submission[submission.row_id.str.split('_').str[0].astype(int).isin(labels.study_id)]
+    mine.to_csv(tmp_path / 'mine.csv', index=False)
+    command('mscan_score', '--train_csv', data[0] / 'test_labels.csv', '--submission', tmp_path / 'mine.csv', '--json', tmp_path / 'score.json')
+    assert set(json.loads((tmp_path / 'score.json').read_text())) == {'score', 'spinal', 'foraminal', 'subarticular', 'any_severe'}
+    mine.iloc[3:].to_csv(tmp_path / 'short.csv', index=False)
+    done = command('mscan_score', '--train_csv', data[0] / 'test_labels.csv', '--submission', tmp_path / 'short.csv', ok=False)
+    assert done.returncode == 1 and 'Traceback' not in done.stderr
+    said = command('mscan_check', '--data_dir', data[0], '--json', tmp_path / 'check.json').stdout
+    assert 'no axial T2 series' in said and 'empty file' in said and len(json.loads((tmp_path / 'check.json').read_text())['test']) == 9
+
+
+@pytest.mark.parametrize('tool, arguments', [('mscan_check', ['--data_dir', 'nowhere']), ('mscan_predict', ['--run_dir', 'nowhere', '--data_dir', 'nowhere', '--out', 'nowhere']),
+                                             ('mscan_run', ['--data_dir', 'nowhere', '--run_dir', 'x', '--preset', 'smoke']), ('mscan_score', ['--train_csv', 'nowhere', '--submission', 'nowhere'])])
+def test_bad_input_is_one_sentence_and_exit_code_1(tool, arguments, tmp_path):
+    done = subprocess.run([BIN / tool, *arguments], capture_output=True, text=True, cwd=tmp_path, env=ENV)
+    assert done.returncode == 1 and 'Traceback' not in done.stderr and len(done.stderr.strip().splitlines()) <= 2 and 'nowhere' in done.stderr, done.stderr
+
+
+def test_missing_views_are_graded_by_a_model_that_has_met_them():
+    "With view dropout in training the rows of a study without axial slices are the model's; without it they are the prior's."
+    from types import SimpleNamespace
+    from mscan.grading import study_rows
+    from mscan.metrics import prior_table
+    from mscan.phantom import lesson_study
+    lesson = lesson_study(0)
+    series = {s.series_id: s for s in lesson.study.series}
+    t2 = lesson.study.of('sagittal_t2')[0]
+    boxes = pd.DataFrame([dict(series_id=t2.series_id, slice_i=2, level=level, source='yolo') for level in ('l1_l2', 'l2_l3', 'l3_l4', 'l4_l5', 'l5_s1')])
+    centres = pd.DataFrame(columns=['pass_i', 'level', 'rank', 'series_id', 'slice_i'])
+    crops = SimpleNamespace(sagittal_mask=np.ones(5, bool), axial_mask=np.zeros((1, 5, 3), bool))
+    for dropout, source in ((0., 'prior'), (.1, 'model')):
+        rows = study_rows('5', series, SimpleNamespace(boxes=boxes, centres=centres, reasons=['no axial T2 series']), crops, np.full((5, 1, 3), 1 / 3),
+                          SimpleNamespace(conditions=['spinal_canal_stenosis'], prior=prior_table(lesson.labels), view_dropout=dropout))
+        canal = rows[rows.condition == 'spinal_canal_stenosis']
+        assert (canal['source'] == source).all() and canal.reason.str.contains('no axial').all()
