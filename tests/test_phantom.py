@@ -6,6 +6,7 @@ import pydicom
 import pytest
 
 from mscan import dicom, phantom, rsna
+from mscan.anatomy import Anatomy, landmarks
 from mscan.geometry import contains, plane_of
 
 
@@ -112,8 +113,8 @@ def area(anatomy, level):
 def test_a_worse_canal_is_narrower_and_darker():
     sizes, light = [], []
     for d in (.1, .5, .9):
-        a = phantom.Anatomy(np.random.default_rng(4), np.full((5, 5), .1) + np.eye(5)[0][:, None] * np.array([0, 0, d - .1, 0, 0]), np.full(5, .4))
-        point = a.landmarks()[0, 2]
+        a = Anatomy(np.random.default_rng(4), np.full((5, 5), .1) + np.eye(5)[0][:, None] * np.array([0, 0, d - .1, 0, 0]), np.full(5, .4))
+        point = landmarks(a)[0, 2]
         plane = phantom.stack_of([point], np.array([1., 0, 0]), np.array([0, 1., 0]), .5, (61, 61))[0]
         sizes.append(area(a, 2)); light.append((phantom.expose(a, plane, 'T2', 4.) > .75)[12:49, 8:53].mean())
     assert sizes[0] > 1.5 * sizes[1] > 2.5 * sizes[2] and light[0] > 1.3 * light[1] > 1.6 * light[2]
@@ -133,7 +134,7 @@ def test_acquisition_knows_nothing_of_the_grades():
     degree = [np.full((5, 5), d) for d in (.05, .95)]
     plans = []
     for d in degree:
-        a = phantom.Anatomy(np.random.default_rng(2), d, np.full(5, .5))
+        a = Anatomy(np.random.default_rng(2), d, np.full(5, .5))
         plans.append(phantom.plan_study(np.random.default_rng(3), a, 'demo'))
     for one, two in zip(*plans, strict=True):
         assert (one.view, one.gap, one.thickness, list(one.numbers)[0], one.planes[0].shape, one.planes[0].spacing[0]) == (two.view, two.gap, two.thickness, list(two.numbers)[0], two.planes[0].shape, two.planes[0].spacing[0])
