@@ -422,7 +422,7 @@ def canal(site):
     yield 'root', open_ * window * soft(np.hypot(u - .8 * half, p - front - 2.3) - 1.6), near.index
     yield from _sac(near, open_, tent + thick, front, rear)
 
-# %% ../nbs/035_anatomy.ipynb #60322cb1
+# %% ../nbs/035_anatomy.ipynb #b57ea60a
 def _sac(near, open_, flavum, front, rear):
     half_p, half_u = np.maximum((rear - front) / 2, .3), np.maximum(near.sided('sac'), .3)
     a, b = (near.u / half_u) ** 2, ((near.p - (front + rear) / 2) / half_p) ** 2
@@ -443,5 +443,8 @@ def _sac(near, open_, flavum, front, rear):
 
 
 def layers(site):
-    "All tissues in the order in which they cover each other."
-    for structure in (trunk, muscles, column, foramina, posterior_bones, canal): yield from structure(site)
+    "All tissues in the order in which they cover each other: (tissue, share of the pixel, index of the pixels or None for all)."
+    yield from trunk(site)
+    last = len(site.anatomy.tilt) - 2
+    if site.row.max() >= last: site = site.part(site.row < last)  # the spine ends
+    for structure in (muscles, column, foramina, posterior_bones, canal): yield from structure(site)
