@@ -35,7 +35,7 @@ from . import dicom, rsna
 from .anatomy import Anatomy, Site, landmarks, layers
 from .geometry import Plane
 
-# %% ../nbs/04_phantom.ipynb #f7a1beb5
+# %% ../nbs/04_phantom.ipynb #5a864e78
 THRESHOLDS = (.38, .62)
 READER_NOISE = .035  # standard deviation of the degree that a reader sees; about one label in twenty changes by it
 _SIDED = {'neural_foraminal_narrowing': ((.12, .04), (.18, .06), (.24, .10), (.31, .18), (.28, .19)),
@@ -44,7 +44,7 @@ PREVALENCE = {'demo': {  # condition -> share of Moderate and of Severe, a pair 
     'spinal_canal_stenosis': ((.14, .08), (.19, .13), (.22, .20), (.25, .33), (.20, .15)),
     **{f'{side}_{name}': shares for name, shares in _SIDED.items() for side in ('left', 'right')}}}
 
-
+# %% ../nbs/04_phantom.ipynb #acdd8a1f
 def degree_of(
     factor,  # (...) standard normal
     shares,  # (..., 2) share of Moderate and of Severe
