@@ -17,7 +17,7 @@ setup: $(STAMP)
 $(STAMP): requirements.lock settings.ini setup.py
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV)
-	$(BIN)/uv pip install --quiet --python $(BIN)/python --require-hashes --no-deps -r requirements.lock
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --require-hashes --no-deps --compile-bytecode -r requirements.lock
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps -e .
 	touch $(STAMP)
 
@@ -27,7 +27,7 @@ lock:
 
 # The phantom is made once (a second call finds it complete), the run goes on where it stopped, the table is read from both.
 demo: setup
-	$(BIN)/mscan_phantom --out $(DATA) --studies 64 --test_studies 40 --seed 1
+	$(BIN)/mscan_phantom --out $(DATA) --studies 60 --test_studies 36 --seed 1
 	$(BIN)/mscan_run --data_dir $(DATA) --run_dir $(RUN) --preset demo
 	$(BIN)/mscan_evaluate --run_dir $(RUN) --train_csv $(DATA)/test_labels.csv --truth_csv $(DATA)/truth.csv --json $(RUN)/held_out.json
 

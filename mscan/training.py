@@ -182,7 +182,7 @@ class Loop:
         self.optimizer.zero_grad()
         return num, den
 
-# %% ../nbs/06_training.ipynb #7e7b7625
+# %% ../nbs/06_training.ipynb #0e747b0d
 def start(model, loss, *, lr, weight_decay, schedule, steps, mixed_precision, device, clip) -> Loop:
     "Sets up accelerate, AdamW on what is to be trained, and the learning rate's course. Raises `ValueError`."
     if schedule not in ('one_cycle', 'constant'): raise ValueError(f"schedule is 'one_cycle' or 'constant', not {schedule!r}")
@@ -192,7 +192,7 @@ def start(model, loss, *, lr, weight_decay, schedule, steps, mixed_precision, de
     if device.index is not None: torch.cuda.set_device(device)
     AcceleratorState._reset_state(True); GradientState._reset_state()  # a lesson on the CPU must not pin the run after it
     acc = Accelerator(cpu=device.type == 'cpu', mixed_precision=pick_precision(mixed_precision, device))
-    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, fused=device.type == 'cuda')
+    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, fused=device.type in ('cuda', 'cpu'))
     steps = max(1, steps(acc.num_processes)) + 1  # OneCycleLR's last step has rate 0
     make = torch.optim.lr_scheduler
     scheduler = make.OneCycleLR(optimizer, lr, total_steps=steps) if schedule == 'one_cycle' else make.ConstantLR(optimizer, 1.)
