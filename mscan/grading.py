@@ -37,7 +37,7 @@ def p_risk(
     odds = np.asarray(p_score, float) / np.asarray(weights)
     return odds / odds.sum(-1, keepdims=True)
 
-# %% ../nbs/42_grading.ipynb #8a56ab33
+# %% ../nbs/42_grading.ipynb #2db452e1
 def load_models(
     manifests: dict,   # stage -> `mscan.runs.Manifest`, of 10_prepare to 42_grading
     device='cpu',
@@ -75,7 +75,7 @@ def points_reasons(points, boxes) -> list:
     "What the tables of a located study say that a reader of its grades should know."
     flags = sorted(set(' '.join(points.flag).split()))
     fallen = boxes.level[boxes['source'] == 'keypoints'].tolist()
-    return [f'level points: {f}' for f in flags] + ([f"no YOLO box, slice and point of the U-Net used: {' '.join(fallen)}"] if fallen else [])
+    return [f'level points: {f}' for f in flags] + ([f"no YOLO box that agrees with the U-Net, its slice and point used: {' '.join(fallen)}"] if fallen else [])
 
 # %% ../nbs/42_grading.ipynb #5b506fb0
 def augmented(
@@ -102,7 +102,7 @@ def study_features(
     return (encode(encoders['sagittal'], np.stack(sagittal), many(crops.sagittal_mask), device),
             encode(encoders['axial'], np.stack(axial), many(crops.axial_mask), device))
 
-# %% ../nbs/42_grading.ipynb #3b6b4642
+# %% ../nbs/42_grading.ipynb #ec49a0d1
 class StudySet(Dataset):
     "Features, masks and grades of studies; a random view and, now and then, a hidden view in training."
     def __init__(self,
@@ -126,19 +126,29 @@ class StudySet(Dataset):
                     grade=torch.from_numpy(self.grades[i]))
 
 
-def study_loss(model, batch):
+def study_loss(
+    mixup: float=0.,  # alpha of the Beta distribution that pairs of studies are mixed with in training; 0: the paper's loss
+):                    # loss(model, batch) for `mscan.training.fit`
     "The paper's weighted cross entropy over all levels and conditions, normalised by the weights over the whole batch."
-    logits = model(batch['sagittal'], batch['axial'], batch['sagittal_mask'], batch['axial_mask'])     # (B, T, C, G)
-    return weighted_ce(logits, batch['grade'])
+    def loss(model, batch):
+        e_s, e_a, mask_s, mask_a, grade = (batch[k] for k in ('sagittal', 'axial', 'sagittal_mask', 'axial_mask', 'grade'))
+        if not (mixup and model.training and len(grade) > 1): return weighted_ce(model(e_s, e_a, mask_s, mask_a), grade)    # (B, T, C, G)
+        share = torch.distributions.Beta(mixup, mixup).sample((len(grade),)).to(e_s.device)
+        share, other = torch.maximum(share, 1 - share), torch.randperm(len(grade), device=e_s.device)
+        blend = lambda a: torch.lerp(a[other], a, share.view(-1, *[1] * (a.dim() - 1)))
+        logits = model(blend(e_s), blend(e_a), mask_s & mask_s[other], mask_a & mask_a[other])
+        parts = [weighted_ce(logits, g, sample_weight=w) for g, w in ((grade, share), (grade[other], 1 - share))]
+        return parts[0][0] + parts[1][0], parts[0][1] + parts[1][1]
+    return loss
 
-# %% ../nbs/42_grading.ipynb #644b0629
+# %% ../nbs/42_grading.ipynb #a5e2565e
 @torch.no_grad()
 def grade_features(
     net, e_s, e_a, mask_s, mask_a, device='cpu',  # one study, plain view: (T, D), (P, T, S, D), (T,), (P, T, S)
 ) -> np.ndarray:                                  # (T, C, G) p_score, averaged over passes
     "Probabilities of one study."
     passes = len(e_a)
-    one = lambda a: torch.from_numpy(np.ascontiguousarray(a)).to(device)
+    one = lambda a: torch.from_numpy(np.array(a)).to(device)
     logits = net.eval()(one(np.broadcast_to(e_s, (passes, *e_s.shape))), one(e_a), one(np.broadcast_to(mask_s, (passes, len(mask_s)))), one(mask_a))
     return logits.float().softmax(-1).mean(0).cpu().numpy()
 

@@ -175,7 +175,7 @@ def best_chain(
     for b in reversed(back): chain.insert(0, int(b[chain[0]]))
     return np.array(chain), float(score.max() / len(masses))
 
-# %% ../nbs/20_keypoints.ipynb #8839dfc1
+# %% ../nbs/20_keypoints.ipynb #f0a55ffb
 SHIFT_MARGIN = 1.   # mean log score a level by which the best chain must lead; measured on the phantom in the run part
 
 
@@ -216,9 +216,13 @@ def find_points(
     for j, level in enumerate(LEVELS):
         point = xy[j][chain[j]]
         near = (heat[:, j] * disc(heat.shape[2:], point, radius)).sum((1, 2))                    # (n,) mass near the point, slice by slice
-        i = int(near.argmax())
-        native = apply(invert(matrices[i]), point)
-        rows.append(dict(level=level, slice_i=i, x_px=native[0], y_px=native[1], **dict(zip(('x_mm', 'y_mm', 'z_mm'), plane_of(series, i).to_patient(native), strict=True)), confidence=float(near[i])))
+        best = int(near.argmax())
+        plane = plane_of(series, best)
+        offset = np.array([plane.distance(p) for p in series.image_position])                    # (n,) mm of each slice from the best one
+        xyz = plane.to_patient(apply(invert(matrices[best]), point)) + (near @ offset / near.sum()) * plane.normal
+        i = int(np.abs(offset - near @ offset / near.sum()).argmin())
+        native = plane_of(series, i).to_pixel(xyz)
+        rows.append(dict(level=level, slice_i=i, x_px=native[0], y_px=native[1], **dict(zip(('x_mm', 'y_mm', 'z_mm'), xyz, strict=True)), confidence=float(near[best])))
     table = pd.DataFrame(rows)
     flags = (['not_descending'] if (np.diff(table.z_mm) >= 0).any() else []) + (['level_shift_possible'] if score - second < SHIFT_MARGIN else [])
     return table.assign(flag=' '.join(flags))

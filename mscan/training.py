@@ -59,11 +59,12 @@ def pick_precision(
     if device.type == 'cuda': return 'bf16' if torch.cuda.get_device_capability(device)[0] >= 8 else 'fp16'
     return 'bf16' if getattr(torch.cpu, '_is_amx_tile_supported', bool)() else 'no'
 
-# %% ../nbs/06_training.ipynb #0f28d692
+# %% ../nbs/06_training.ipynb #bd6b3963
 def weighted_ce(
     logits,            # (..., 3) float
     grade,             # (...) int or float; below 0 or nan = missing
     weights=(1, 2, 4), # of Normal/Mild, Moderate, Severe; source: the paper, section II D
+    sample_weight=None, # (B,) a further weight for each sample of the batch, as in mixup
 ) -> tuple:            # (numerator, denominator), 0-dim float32
     "Sum of weighted cross entropies and sum of weights over the labelled places. Raises `ValueError` on shapes that do not fit."
     if logits.shape[:-1] != grade.shape or logits.shape[-1] != len(weights):
@@ -71,6 +72,7 @@ def weighted_ce(
     known = grade >= 0                                                        # nan >= 0 is false
     y = torch.where(known, grade, torch.zeros_like(grade)).long()             # (...)
     w = torch.tensor(weights, dtype=torch.float32, device=logits.device)[y] * known
+    if sample_weight is not None: w = w * sample_weight.view(-1, *[1] * (w.dim() - 1))
     z = torch.where(known.unsqueeze(-1), logits.float(), torch.zeros((), device=logits.device))
     ce = F.cross_entropy(z.reshape(-1, len(weights)), y.reshape(-1), reduction='none').reshape(y.shape)
     return (w * ce).sum(), w.sum()
