@@ -7,7 +7,7 @@ __all__ = ['MAX_DISAGREEMENT_MM', 'WINDOW_MM', 'SAGITTAL_MM', 'AXIAL_MM', 'MIN_I
            'AxialPointNet', 'point_loss', 'WindowSet', 'axial_windows', 'find_centres', 'study_crops', 'training_crops',
            'load_centres']
 
-# %% ../nbs/30_crops.ipynb #1f98206d
+# %% ../nbs/30_crops.ipynb #9c1892e0
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 
 from .geometry import plane_of
 from .images import Preprocess, apply, crop, random_grey, random_warp, warp
-from .projection import SLICES, choose_slices, stack_gap
+from .projection import SLICES, stack_gap
 from .rsna import LEVELS
 from .training import load_card, load_weights
 

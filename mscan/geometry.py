@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-# %% ../nbs/02_geometry.ipynb #53b09418
+# %% ../nbs/02_geometry.ipynb #e56b606f
 ORTHONORMAL_TOLERANCE = 1e-3  # headers store direction cosines with 6 to 16 digits; 1e-3 is .06 degrees
 
 @dataclass(frozen=True)
@@ -43,22 +43,16 @@ class Plane:
         "(3,) unit vector perpendicular to the slice, x direction cross y direction."
         return np.cross(self.orientation[:3], self.orientation[3:])
 
-    def to_patient(self,
-        xy_px,  # (..., 2) column, row
-    ):          # (..., 3) mm
+    def to_patient(self, xy_px):  # (..., 2) column, row -> (..., 3) mm
         "The place in the patient of a point on the slice."
         return self.position + np.asarray(xy_px, float) @ self.axes
 
-    def to_pixel(self,
-        xyz_mm,  # (..., 3) mm
-    ):           # (..., 2) column, row of the foot of the perpendicular
+    def to_pixel(self, xyz_mm):  # (..., 3) mm -> (..., 2) column, row of the foot of the perpendicular
         "The point of the slice nearest to a place in the patient; it may lie outside the image."
         away = np.asarray(xyz_mm, float) - self.position
         return away @ self.orientation.reshape(2, 3).T / self.spacing[::-1]
 
-    def distance(self,
-        xyz_mm,  # (..., 3) mm
-    ):           # (...) mm, positive on the side of the normal
+    def distance(self, xyz_mm):  # (..., 3) mm -> (...) mm, positive on the side of the normal
         "Signed distance of a place in the patient from the slice."
         return (np.asarray(xyz_mm, float) - self.position) @ self.normal
 

@@ -141,7 +141,7 @@ def study_loss(
         return parts[0][0] + parts[1][0], parts[0][1] + parts[1][1]
     return loss
 
-# %% ../nbs/42_grading.ipynb #a5e2565e
+# %% ../nbs/42_grading.ipynb #9487ff60
 @torch.no_grad()
 def grade_features(
     net, e_s, e_a, mask_s, mask_a, device='cpu',  # one study, plain view: (T, D), (P, T, S, D), (T,), (P, T, S)
@@ -152,7 +152,7 @@ def grade_features(
     logits = net.eval()(one(np.broadcast_to(e_s, (passes, *e_s.shape))), one(e_a), one(np.broadcast_to(mask_s, (passes, len(mask_s)))), one(mask_a))
     return logits.float().softmax(-1).mean(0).cpu().numpy()
 
-
+# %% ../nbs/42_grading.ipynb #39299bed
 def study_rows(
     study_id: str,
     series: dict,              # series_id -> Series, for instance numbers
@@ -177,7 +177,7 @@ def study_rows(
                              source='prior' if why else 'model', slices='' if why else own_slices(series, located, crops, level, j), reason=why or notes))
     return pd.DataFrame(rows)
 
-
+# %% ../nbs/42_grading.ipynb #8b0d9cd1
 def own_slices(series, located, crops, level, j) -> str:
     "`series_id/instance_number` of the slices that were cropped for a level."
     sagittal = located.boxes[located.boxes.level == level] if crops.sagittal_mask[j] else located.boxes.iloc[:0]

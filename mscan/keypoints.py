@@ -7,20 +7,19 @@ __all__ = ['ON_SLICE_MM', 'OFF_SLICE_MM', 'PRESENT', 'NONE', 'UNASKED', 'GAP_MM'
            'slice_targets', 'canal_points', 'KeypointNet', 'keypoint_loss', 'SliceSet', 'peaks', 'best_chain',
            'heat_maps', 'find_points', 'disc', 'keypoint_card', 'load_keypoints', 'load_encoder_weights']
 
-# %% ../nbs/20_keypoints.ipynb #bc010120
+# %% ../nbs/20_keypoints.ipynb #793f187f
 from pathlib import Path
 
-import cv2
 import numpy as np
 import pandas as pd
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from .geometry import plane_distances, plane_of
-from .images import Preprocess, apply, canvas, compose, invert, random_grey, random_warp, warp
+from .images import Preprocess, apply, canvas, invert, random_grey, random_warp, warp
 from .rsna import LEVELS
-from .training import load_card, load_weights, pick_device
+from .training import load_card, load_weights
 
 # %% ../nbs/20_keypoints.ipynb #324162af
 def series_canvases(
@@ -175,7 +174,7 @@ def best_chain(
     for b in reversed(back): chain.insert(0, int(b[chain[0]]))
     return np.array(chain), float(score.max() / len(masses))
 
-# %% ../nbs/20_keypoints.ipynb #f0a55ffb
+# %% ../nbs/20_keypoints.ipynb #779c5121
 SHIFT_MARGIN = 1.   # mean log score a level by which the best chain must lead; measured on the phantom in the run part
 
 
@@ -191,7 +190,7 @@ def heat_maps(
     p = net.eval()(x).float().softmax(-1).cpu().numpy()
     return p[..., :-1].reshape(*p.shape[:2], *images.shape[1:]), p[..., -1]
 
-
+# %% ../nbs/20_keypoints.ipynb #4a52f683
 def find_points(
     net: KeypointNet,
     series,               # normalised sagittal T2 series
@@ -227,7 +226,7 @@ def find_points(
     flags = (['not_descending'] if (np.diff(table.z_mm) >= 0).any() else []) + (['level_shift_possible'] if score - second < SHIFT_MARGIN else [])
     return table.assign(flag=' '.join(flags))
 
-
+# %% ../nbs/20_keypoints.ipynb #bac9694b
 def disc(
     shape,          # rows, columns
     xy,             # centre

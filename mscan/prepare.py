@@ -7,11 +7,9 @@ __all__ = ['GEOMETRY', 'read_tables', 'series_report', 'study_report', 'check_da
            'load_study', 'locate_points', 'clean_canal_points', 'split_studies', 'prepare', 'load_tables', 'sentence',
            'quality_lines', 'mscan_check']
 
-# %% ../nbs/10_prepare.ipynb #21bfcbe6
+# %% ../nbs/10_prepare.ipynb #697c83ee
 import json
-import os
 import sys
-import warnings
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -24,7 +22,6 @@ from fastcore.script import Param, call_parse
 from tqdm.auto import tqdm
 
 from .dicom import Series, Study, read_study
-from .geometry import plane_of
 from .images import normalise
 from .metrics import prior_table
 from .rsna import LEVELS, TableError, discover_studies, read_coordinates, read_descriptions, read_train
@@ -123,7 +120,7 @@ def pooled(
     with ProcessPoolExecutor(min(workers, len(jobs)), mp_context=get_context('fork'), initializer=_one_thread) as pool:
         return list(tqdm(pool.map(function, jobs), **bar))
 
-# %% ../nbs/10_prepare.ipynb #335ca195
+# %% ../nbs/10_prepare.ipynb #4fd326b3
 GEOMETRY = ('ipp_x', 'ipp_y', 'ipp_z', 'row_x', 'row_y', 'row_z', 'col_x', 'col_y', 'col_z', 'row_mm', 'column_mm')
 
 
@@ -155,7 +152,7 @@ def cache_study(
     np.save(Path(cache) / f'{study_id}.npy', np.concatenate(pixels) if pixels else np.zeros(0, np.uint8))
     return (pd.concat(rows) if rows else pd.DataFrame()), report
 
-
+# %% ../nbs/10_prepare.ipynb #e5481731
 def load_study(
     tables,          # of `load_tables`, or the folder of stage 10
     study_id: str,
@@ -233,7 +230,7 @@ def split_studies(
     if not (part == 'train').any(): raise ValueError('no study is left to train on')
     return part
 
-# %% ../nbs/10_prepare.ipynb #99273ddf
+# %% ../nbs/10_prepare.ipynb #0594802c
 def prepare(
     data_dir,                      # competition folder
     out,                           # folder for the products
@@ -272,7 +269,7 @@ def prepare(
     (out / 'quality.json').write_text(json.dumps(dict(notes=notes, studies=reports), indent=1), encoding='utf-8')
     return load_tables(out)
 
-
+# %% ../nbs/10_prepare.ipynb #1164cd3d
 def load_tables(
     folder,              # of stage 10
 ) -> SimpleNamespace:    # dir, studies, series, slices, labels, points, prior, notes, problems by study, slices by study

@@ -157,7 +157,7 @@ def failure(
     return '\n'.join([f'stage {stage} failed{where}: {error}', *('  | ' + line for line in lines),
                       f'executed notebook: {executed}', f'Stages before it are kept; the same command goes on at {stage}.'])
 
-# %% ../nbs/08_runner.ipynb #4d79659b
+# %% ../nbs/08_runner.ipynb #832d0426
 @contextlib.contextmanager
 def environ(**settings):
     "Environment variables for the length of a `with` block."
@@ -183,7 +183,7 @@ def execute(
             MSCAN_NBS=str(Path(notebook).parent), JUPYTER_RUNTIME_DIR=sockets, PYDEVD_DISABLE_FILE_VALIDATION='1'):
         try: papermill.execute_notebook(str(notebook), str(executed), parameters=values, kernel_name='python3', cwd=str(project_root()),
             log_output=False, coalesce_streams=True, stderr_file=_Tail(bar) if bar is not None else None,
-            progress_bar=dict(desc=f'  {stage}', leave=False, position=1, disable=None), config=Config(KernelManager=dict(transport='ipc')))
+            progress_bar=dict(desc=f'  {stage}', leave=False, position=1, disable=None), config=Config(KernelManager=dict(transport='ipc', ip=f'{sockets}/kernel')))
         except Exception as e: raise StageFailed(failure(stage, portable(executed), e)) from e
     try: read_manifest(run_dir, stage)
     except RunError:

@@ -5,13 +5,12 @@
 # %% auto #0
 __all__ = ['PROVENANCE', 'write_results', 'predict_study', 'predict', 'mscan_predict']
 
-# %% ../nbs/60_submission.ipynb #bd694647
+# %% ../nbs/60_submission.ipynb #4c0a1b06
 import sys
 import traceback
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pandas as pd
 from fastcore.script import Param, call_parse
 from tqdm.auto import tqdm
@@ -45,7 +44,7 @@ def write_results(
     partial.replace(out / 'provenance.csv')
     return out / 'submission.csv', out / 'provenance.csv'
 
-# %% ../nbs/60_submission.ipynb #d8016963
+# %% ../nbs/60_submission.ipynb #971377b0
 def predict_study(
     data_dir, study_id: str, descriptions, models: SimpleNamespace,
     strict: bool=False,  # raise instead of falling back
@@ -62,7 +61,7 @@ def predict_study(
         print(f'study {study_id} falls back: {traceback.format_exc(limit=-1).strip().splitlines()[-1]}', file=sys.stderr)
         return study_rows(study_id, {}, SimpleNamespace(boxes=None, centres=None, reasons=[f'grading failed: {type(e).__name__}: {e}']), None, None, models)
 
-
+# %% ../nbs/60_submission.ipynb #38919999
 def predict(
     run_dir,                 # a finished run
     data_dir,                # folder with test_images
@@ -82,7 +81,7 @@ def predict(
     write_results(rows, out)
     return rows
 
-
+# %% ../nbs/60_submission.ipynb #7bb6ba87
 @call_parse
 def mscan_predict(
     run_dir: Param('a finished run, as mscan_run leaves it', str, required=True)=None,

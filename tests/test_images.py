@@ -1,6 +1,4 @@
 "Millimetres stay millimetres, and a scanner's gain changes nothing."
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 
