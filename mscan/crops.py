@@ -170,7 +170,7 @@ def study_crops(
         out.axial_mask[where] = r.used and inside >= MIN_INSIDE
     return out
 
-# %% ../nbs/30_crops.ipynb #e9beb6d2
+# %% ../nbs/30_crops.ipynb #b395093f
 MARGIN = 1.35   # side of a training crop, in sides of the crop that is graded
 
 
@@ -195,7 +195,7 @@ def training_crops(
         series, xyz = pictures.series[r.series_id], xyz_mm[LEVELS.index(r.level)]
         for i in range(max(0, r.slice_i - 1), min(len(series), r.slice_i + 2)):
             add('sagittal', r.series_id, i, r.level, plane_of(series, i).to_pixel(xyz), SAGITTAL_MM, True)
-    for r in centres[centres.used].itertuples():
+    for r in centres[centres.used].drop_duplicates(['level', 'series_id', 'slice_i']).itertuples():
         plane, labelled = plane_of(pictures.series[r.series_id], r.slice_i), r.level in middles and middles[r.level][0] == r.series_id
         add('axial', r.series_id, r.slice_i, r.level, plane.to_pixel(middles[r.level][1]) if labelled else (r.x_px, r.y_px), AXIAL_MM, labelled)
     return np.array(images, np.uint8).reshape(-1, big, big), pd.DataFrame(rows)

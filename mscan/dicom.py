@@ -117,7 +117,7 @@ def read_header(
         number = digits[-1]
     return facts | dict(shape=shape, instance_number=int(number))
 
-# %% ../nbs/01_dicom.ipynb #b9870de6
+# %% ../nbs/01_dicom.ipynb #e7084d51
 def read_pixels(
     dataset,  # what pydicom read
 ) -> np.ndarray:  # (rows, columns), integer or float32 after a rescale
@@ -134,10 +134,10 @@ def read_pixels(
     if pixels.ndim != 2: raise DicomError(f'pixels have shape {pixels.shape}, not rows x columns')
     slope, intercept = float(dataset.get('RescaleSlope') or 1), float(dataset.get('RescaleIntercept') or 0)
     if (slope, intercept) != (1, 0): pixels = (pixels * np.float32(slope) + np.float32(intercept)).astype(np.float32)
-    if dataset.get('PhotometricInterpretation') == 'MONOCHROME1': pixels = pixels.max() + pixels.min() - pixels
+    if dataset.get('PhotometricInterpretation') == 'MONOCHROME1': pixels = -pixels.astype(np.float32 if pixels.dtype.kind == 'f' else np.int32)   # one offset for the whole series
     return pixels
 
-# %% ../nbs/01_dicom.ipynb #3ee502cf
+# %% ../nbs/01_dicom.ipynb #9ad5cef7
 def guess_view(
     orientation,  # (n, 6)
     description,  # SeriesDescription of the header, such as `T1`
@@ -168,6 +168,7 @@ def read_series(
             del facts['dataset']
             found.append(facts)
         except DicomError as e: left_out.append((file.name, str(e)))
+        except Exception as e: left_out.append((file.name, f'unusable header ({type(e).__name__}: {e})'.split('\n')[0]))
     if not found:
         reasons = sorted({r for _, r in left_out}) or ['the folder is empty']
         raise DicomError(f"series {series_id or folder.name}: no usable slice among {len(left_out)} files ({'; '.join(reasons[:3])})")

@@ -44,7 +44,7 @@ def write_results(
     partial.replace(out / 'provenance.csv')
     return out / 'submission.csv', out / 'provenance.csv'
 
-# %% ../nbs/60_submission.ipynb #971377b0
+# %% ../nbs/60_submission.ipynb #205df1f8
 def predict_study(
     data_dir, study_id: str, descriptions, models: SimpleNamespace,
     strict: bool=False,  # raise instead of falling back
@@ -52,7 +52,7 @@ def predict_study(
     "Read and grade one test study; any failure becomes the fallback and its reason."
     try:
         study = read_study(data_dir, 'test', study_id, descriptions)
-        study.series = [normalise(s) for s in study.series]
+        study.series = [normalise(s, models.low, models.high) for s in study.series]
         rows = grade_study(study, models)
         if strict and (rows[rows.condition.isin(models.conditions)]['source'] != 'model').any(): raise RunError(f'study {study_id}: {rows.reason[rows.condition.isin(models.conditions)].iloc[0]}')
         return rows
@@ -81,7 +81,7 @@ def predict(
     write_results(rows, out)
     return rows
 
-# %% ../nbs/60_submission.ipynb #7bb6ba87
+# %% ../nbs/60_submission.ipynb #f4dba369
 @call_parse
 def mscan_predict(
     run_dir: Param('a finished run, as mscan_run leaves it', str, required=True)=None,
@@ -92,6 +92,6 @@ def mscan_predict(
 ):
     "Grade every study of a folder's test_images with a finished run, and write submission.csv and provenance.csv."
     try: rows = predict(run_dir, resolve(data_dir), resolve(out), device, strict)
-    except (RunError, TableError, OSError) as e: sentence(e)
+    except (ValueError, RuntimeError, OSError) as e: sentence(e)      # RunError, TableError and WeightsError are ValueErrors
     model = rows[rows['source'] == 'model']
     print(f"{rows.study_id.nunique()} studies, {len(rows)} rows, {len(model)} of them from the model ({', '.join(sorted(set(model.condition))) or 'none'}): {Path(out) / 'submission.csv'}")
