@@ -15,7 +15,7 @@ from mscan.rsna import row_ids
 
 BIN = Path(sys.executable).parent
 ENV = os.environ | dict(OMP_NUM_THREADS='1', MPLBACKEND='Agg')   # two threads a process on two busy cores wait for each other for minutes
-pytestmark = pytest.mark.xdist_group('pipeline')                 # meant to keep the one run in one worker; xdist 3.8 does not heed it yet, see the closing note of issue 2
+pytestmark = pytest.mark.xdist_group('pipeline')                 # meant to keep the one run in one worker, which xdist 3.8 does not heed yet
 
 
 def command(name, *args, ok=True):
