@@ -5,14 +5,15 @@ import numpy as np
 import pydicom
 import pytest
 
-from mscan import dicom, phantom, rsna
-from mscan.anatomy import Anatomy, landmarks
+from mscan import acquisition, dicom, physics, phantom, rsna
+from mscan.anatomy import FIRST, Anatomy, landmarks
 from mscan.geometry import contains, plane_of
+from mscan.tissues import sac_area
 
 
 @pytest.fixture(scope='module')
 def data(tmp_path_factory):
-    return phantom.make_phantom(tmp_path_factory.mktemp('phantom') / 'data', 3, 2, seed=5, size='small', workers=2, progress=False)
+    return phantom.make_phantom(tmp_path_factory.mktemp('phantom') / 'data', 3, 2, seed=5, size='small', workers=2, quirks='none', progress=False)
 
 
 def digest(folder):
@@ -20,7 +21,7 @@ def digest(folder):
 
 
 def test_same_files_whatever_the_workers_and_the_count(data, tmp_path):
-    one = phantom.make_phantom(tmp_path / 'one', 2, 2, seed=5, size='small', workers=1, progress=False)
+    one = phantom.make_phantom(tmp_path / 'one', 2, 2, seed=5, size='small', workers=1, quirks='none', progress=False)
     a, b = digest(data), digest(one)
     images = [k for k in b if k.endswith('.dcm')]
     assert len(images) > 100 and all(a[k] == b[k] for k in images)
@@ -29,11 +30,11 @@ def test_same_files_whatever_the_workers_and_the_count(data, tmp_path):
 
 def test_second_call_does_nothing_and_foreign_folders_are_refused(data, tmp_path, capsys):
     before = {p: p.stat().st_mtime_ns for p in data.rglob('*.dcm')}
-    phantom.make_phantom(data, 3, 2, seed=5, size='small', progress=False)
+    phantom.make_phantom(data, 3, 2, seed=5, size='small', quirks='none', progress=False)
     assert 'already there' in capsys.readouterr().out and before == {p: p.stat().st_mtime_ns for p in data.rglob('*.dcm')}
     (tmp_path / 'mine.txt').write_text('x')
     with pytest.raises(ValueError, match='no phantom run'): phantom.make_phantom(tmp_path, 1, 0)
-    for wrong in (dict(studies=0, test_studies=0), dict(seed=-1), dict(size='huge'), dict(workers=0)):
+    for wrong in (dict(studies=0, test_studies=0), dict(seed=-1), dict(size='huge'), dict(workers=0), dict(prevalence='rael'), dict(quirks='some'), dict(scanner='Oak'), dict(transitional=2)):
         with pytest.raises(ValueError): phantom.make_phantom(tmp_path / 'new', **wrong)
 
 
@@ -81,13 +82,13 @@ def test_points_and_truth_agree_in_the_patient(k):
     off = []
     for r in p.points.itertuples():
         s = series[r.series_id]
-        plane = plane_of(s, list(s.instance_number).index(r.instance_number))
-        off.append(np.linalg.norm(plane.to_pixel(truth.loc[r.condition, r.level].to_numpy()) - (r.x, r.y)) * plane.spacing[0])
+        plane, moved = plane_of(s, list(s.instance_number).index(r.instance_number)), next(c.shift_mm for c in p.scans if c.series_id == r.series_id)
+        off.append(np.linalg.norm(plane.to_pixel(truth.loc[r.condition, r.level].to_numpy() + moved) - (r.x, r.y)) * plane.spacing[0])
     assert np.median(off) < 3 * phantom.POINT_NOISE and max(off) < 6 * phantom.POINT_NOISE
     for name in ('neural_foraminal_narrowing', 'subarticular_stenosis'):   # LPS: x grows to the patient's left
         assert (truth.loc[f'left_{name}'].x_mm > truth.loc[f'right_{name}'].x_mm + 10).all()
     z = truth.loc['spinal_canal_stenosis'].z_mm.to_numpy()
-    assert (np.diff(z) < -18).all() and (np.diff(z) > -40).all()
+    assert (np.diff(z) < -15).all() and (np.diff(z) > -42).all()
 
 
 @pytest.mark.parametrize('k', range(8))
@@ -103,41 +104,76 @@ def test_every_level_is_seen_in_every_view(k):
         assert len(np.unique(series.stack)) <= 6
 
 
-def area(anatomy, level):
-    "Sac in mm2 at the middle of a disc, counted on a fine grid."
-    row = anatomy.row(anatomy.disc_s[level])
-    q = anatomy.profile
-    return np.pi / 4 * (q['sac_back'][row] - q['sac_front'][row]) * (q['sac_left'][row] + q['sac_right'][row])
-
-
 def test_a_worse_canal_is_narrower_and_darker():
     sizes, light = [], []
+    signal = physics.signals(physics.TISSUES, acquisition.draw_sequence(np.random.default_rng(0), 'Alder', 'axial_t2'))
     for d in (.1, .5, .9):
-        a = Anatomy(np.random.default_rng(4), np.full((5, 5), .1) + np.eye(5)[0][:, None] * np.array([0, 0, d - .1, 0, 0]), np.full(5, .4))
-        point = landmarks(a)[0, 2]
-        plane = phantom.stack_of([point], np.array([1., 0, 0]), np.array([0, 1., 0]), .5, (61, 61))[0]
-        sizes.append(area(a, 2)); light.append((phantom.expose(a, plane, 'T2', 4.) > .75)[12:49, 8:53].mean())
-    assert sizes[0] > 1.5 * sizes[1] > 2.5 * sizes[2] and light[0] > 1.3 * light[1] > 1.6 * light[2]
+        a = Anatomy(np.random.default_rng(4), np.full((5, 5), .1) + np.eye(5)[0][:, None] * np.array([0, 0, d - .1, 0, 0]), np.full(5, .4), transitional=0)
+        plane = acquisition.stack_of([landmarks(a)[0, 2]], np.array([1., 0, 0]), np.array([0, 1., 0]), .5, (61, 61))[0]
+        bright = physics.expose(a, plane, [signal], 4.)[0].sum(0) > .75 * sum(signal['csf'])
+        sizes.append(sac_area(a, a.disc_s[2])); light.append(bright[12:49, 8:53].mean())
+    assert sizes[0] > 1.25 * sizes[1] > 1.6 * sizes[2] and light[0] > 1.15 * light[1] > 1.3 * light[2]
 
 
-def test_prevalence_is_met_and_grades_hang_together():
-    rng = np.random.default_rng(0)
-    grades = np.stack([phantom.read_grades(rng, phantom.draw_degrees(rng)[0]) for _ in range(3000)])
-    for c, name in enumerate(rsna.CONDITIONS):
-        wanted = np.array(phantom.PREVALENCE['demo'][name])
-        assert np.abs(np.stack([(grades[:, c] == g).mean(0) for g in (1, 2)], 1) - wanted).max() < .035
-    together = lambda a, b: np.corrcoef(a.ravel(), b.ravel())[0, 1]
-    assert together(grades[:, 0, :4], grades[:, 0, 1:]) > .25 and together(grades[:, 3], grades[:, 4]) > .45 > together(grades[:, 0], grades[:, 1]) > .15
+def test_every_pixel_effect_of_a_degree_stays_where_it_belongs():
+    "One degree changed: the pictures of other levels stay as they were, those of its own level do not."
+    one, two = (np.full((5, 5), .2) for _ in range(2))
+    two[:, 2] = .7
+    bodies = [Anatomy(np.random.default_rng(8), d, np.full(5, .4), transitional=0) for d in (one, two)]
+    signal = physics.signals(physics.TISSUES, acquisition.draw_sequence(np.random.default_rng(0), 'Alder', 'axial_t2'))
+    changed = []
+    for k in (0, 2, 4):
+        plane = acquisition.stack_of([bodies[0].place(0, 8, bodies[0].disc_s[k])], np.array([1., 0, 0]), np.array([0, 1., 0]), .8, (80, 80))[0]
+        a, b = (physics.expose(body, plane, [signal], 4.)[0].sum(0) for body in bodies)
+        changed.append(np.abs(a - b).mean())
+    assert changed[1] > 10 * max(changed[0], changed[2])
+
+
+@pytest.mark.parametrize('kind, bands', [('lumbarised S1', 6), ('sacralised L5', 4)])
+def test_transitional_vertebrae(kind, bands):
+    "A lumbarised S1 has a sixth well-formed disc, a sacralised L5 a rudiment in place of the fifth; the five labelled discs stay five."
+    found = [a for a in (Anatomy(np.random.default_rng(i), np.full((5, 5), .1), np.full(5, .1), transitional=1) for i in range(12)) if a.build.transitional == kind]
+    assert found
+    for a in found:
+        heights = np.append(a.ends[2:, 1] - a.ends[2:, 0], a.build.edges[2 * FIRST + 12] - a.build.edges[2 * FIRST + 11])
+        assert (heights > 3.5).sum() == bands and len(a.disc_s) == 5
+    assert all(Anatomy(np.random.default_rng(i), np.full((5, 5), .1), np.full(5, .1), transitional=0).build.transitional == '' for i in range(30))
+
+
+def test_one_slice_alone_is_the_same_slice():
+    p = phantom.phantom_study(3, 2, 'small')
+    for j, i in ((0, 3), (1, 5), (2, 0)):
+        assert (phantom.paint(p, [(j, i)])[j, i] == p.images[p.scans[j].series_id][i]).all()
+
+
+def test_the_disease_is_the_same_whatever_looks_at_it():
+    "Scanner, quirks and size change pictures, never grades, anatomy or the true places."
+    base = phantom.phantom_study(9, 1, 'small', pixels=False)
+    for other in (dict(scanner='Rowan'), dict(quirks='all'), dict(size='demo')):
+        p = phantom.phantom_study(9, 1, **{'size': 'small'} | other, pixels=False)
+        same = ['condition', 'level', 'x_mm', 'y_mm', 'z_mm', 'latent', 'grade', 'sac_mm2']
+        assert p.truth[same].equals(base.truth[same])
+
+
+def test_chemical_shift_and_zero_filling_keep_the_place_of_water():
+    point = np.zeros((64, 48), np.float32); point[21, 30] = 1
+    chain = physics.draw_chain(np.random.default_rng(0), acquisition.SCANNERS['Alder'] | dict(noise=(0, 0), motion=0, keep=(1, 1), keep_phase=(1, 1), filter=(0, 0)), False)
+    chain.full = 2000.
+    for shape in ((64, 48), (96, 72), (128, 96)):
+        water = physics.reconstruct(physics.acquire(np.random.default_rng(0), point, 0 * point, chain), shape, chain)
+        assert np.allclose(np.unravel_index(water.argmax(), shape), np.array([21, 30]) * shape[0] / 64, atol=.51)
+    fat = physics.reconstruct(physics.acquire(np.random.default_rng(0), 0 * point, point, chain), (256, 192), chain)
+    away = np.array(np.unravel_index(fat.argmax(), fat.shape)) / 4 - [21, 30]
+    assert abs(abs(away[1 - chain.phase_axis]) - chain.shift_px) < .3 and abs(away[chain.phase_axis]) < .3
 
 
 def test_acquisition_knows_nothing_of_the_grades():
-    degree = [np.full((5, 5), d) for d in (.05, .95)]
     plans = []
-    for d in degree:
-        a = Anatomy(np.random.default_rng(2), d, np.full(5, .5))
-        plans.append(phantom.plan_study(np.random.default_rng(3), a, 'demo'))
+    for d in (.05, .95):
+        a = Anatomy(np.random.default_rng(2), np.full((5, 5), d), np.full(5, .5), transitional=0)
+        plans.append(acquisition.plan_study(np.random.default_rng(3), a, 'demo', 'Birch'))
     for one, two in zip(*plans, strict=True):
-        assert (one.view, one.gap, one.thickness, list(one.numbers)[0], one.planes[0].shape, one.planes[0].spacing[0]) == (two.view, two.gap, two.thickness, list(two.numbers)[0], two.planes[0].shape, two.planes[0].spacing[0])
+        assert (one.view, one.gap, one.thickness, list(one.numbers)[0], one.planes[0].shape, one.planes[0].spacing[0], len(one.planes)) == (two.view, two.gap, two.thickness, list(two.numbers)[0], two.planes[0].shape, two.planes[0].spacing[0], len(two.planes))
 
 
 def test_memory_and_disk_hold_the_same_study(data):
