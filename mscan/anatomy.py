@@ -222,15 +222,10 @@ def root_profiles(
         p.append(np.where(s < exit_s, (dorsal + (-.15 - dorsal) * away + drift) * ring, np.nan))
     return dict(root_u=np.array(u), root_p=np.array(p))
 
-# %% ../nbs/035_anatomy.ipynb #dedd8f63
+# %% ../nbs/035_anatomy.ipynb #02f62f2f
 class Anatomy:
     "One patient: where is what. Coordinates in mm, LPS, origin at the back wall of L3."
-    def __init__(self,
-        rng,
-        degree,            # (5 conditions, 5 levels) 0..1
-        degeneration,      # (5,) 0..1
-        transitional=.03,  # chance of a transitional vertebra
-    ):
+    def __init__(self, rng, degree, degeneration, transitional=.03):  # degree (5 conditions, 5 levels), degeneration (5,): 0..1
         self.build = build = draw_build(rng, degeneration, transitional)
         self.degree, self.lesions = degree, draw_lesions(rng, degree, degeneration)
         s, self.yz, tilt = back_wall(build, 14.)
