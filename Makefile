@@ -9,7 +9,9 @@ DATA   ?= data/demo
 export YOLO_OFFLINE = 1
 export YOLO_AUTOINSTALL = 0
 
-.PHONY: setup demo test test-all lessons lock clean
+BENCHMARKS ?= prevalence intersections difficulty views scanners shortcuts localiser
+
+.PHONY: setup demo test test-all benchmarks lessons lock clean
 
 setup: $(STAMP)
 
@@ -36,6 +38,10 @@ test: setup
 
 test-all: setup
 	$(BIN)/python -m pytest -q -n 2 --dist loadgroup tests
+
+# Is the phantom worth learning from? About an hour; the last one needs the run of `make demo`. See benchmarks/README.md.
+benchmarks: setup
+	for b in $(BENCHMARKS); do $(BIN)/python -m benchmarks.$$b || exit 1; done
 
 # Run the lessons of every notebook (or N=name) and store what they show; the run parts are left alone.
 lessons: setup

@@ -14,15 +14,15 @@ import numpy as np
 
 from .geometry import Plane
 
-# %% ../nbs/038_acquisition.ipynb #479cb640
+# %% ../nbs/038_acquisition.ipynb #1e8a7d55
 _COMMON = dict(t1_tr=(450, 750), t1_te=(8, 14), t2_tr=(2800, 4800), t2_te=(85, 120), stir_tr=(3500, 5000), stir_te=(35, 65), keep=(.85, 1.), keep_phase=(.68, .95), filter=(.1, .6), flat=(0., .8), noise=(.006, .014), full=(2500, 7000),
-    bandwidth=(130, 260), sharpen=(0., .3), zoom=(1., 1.25), motion=.06, stir=.16)
+    bandwidth=(130, 260), sharpen=(0., .3), zoom=(1., 1.25), motion=.06, stir=.16, window=(2, 98.5))
 SCANNERS = {name: _COMMON | changed for name, changed in {
     'Alder': dict(share=.26, tesla=1.5),
-    'Birch': dict(share=.20, tesla=1.5, zoom=(1.25, 1.5), sharpen=(.2, .7), filter=(0., .3), full=(1500, 3500)),
+    'Birch': dict(share=.20, tesla=1.5, zoom=(1.25, 1.5), sharpen=(.2, .7), filter=(0., .3), full=(1500, 3500), window=(.5, 99.8)),
     'Cedar': dict(share=.14, tesla=1.5, noise=(.012, .024), keep_phase=(.58, .8), filter=(.4, .8), flat=(0., .3), motion=.12),
     'Elm':   dict(share=.12, tesla=1.5, stir=.5, full=(5000, 9000), bandwidth=(180, 320)),
-    'Hazel': dict(share=.17, tesla=3., t1_tr=(500, 850), noise=(.004, .010), bandwidth=(240, 420), flat=(.4, 1.), full=(2000, 6000)),
+    'Hazel': dict(share=.17, tesla=3., t1_tr=(500, 850), noise=(.004, .010), bandwidth=(240, 420), flat=(.4, 1.), full=(2000, 6000), window=(5, 96)),
     'Rowan': dict(share=.11, tesla=3., t1_tr=(550, 900), noise=(.006, .014), bandwidth=(200, 320), zoom=(1., 1.5), sharpen=(0., .5), t2_te=(95, 130), full=(900, 2500))}.items()}
 
 
@@ -104,7 +104,7 @@ def plan_sagittal(rng, view, field):
     moved = tuple(rng.normal(0, 1.5, 3)) if view == 'sagittal_t1' and rng.random() < .12 else (0., 0., 0.)
     return Scan(view, stack_of(places, across, down, spacing, shape), np.arange(1, slices + 1), thickness, gap, '', zoom, moved)
 
-# %% ../nbs/038_acquisition.ipynb #64dd9314
+# %% ../nbs/038_acquisition.ipynb #98617a99
 def _axial_stack(rng, anatomy, s, tilt, count, gap, matrix, spacing):
     "Parallel slices centred at the canal at arc length s, tilted by `tilt` rad from straight axial, from head to foot."
     rotation = turned(rng.normal(0, 4), rng.normal(0, 2.5), np.rad2deg(tilt))
@@ -136,7 +136,7 @@ def plan_axial(rng, anatomy, size, scanner, style=None):
     reach = 10 if style == 'block' else (gap * rng.integers(1, 3) if size == 'demo' else gap)
     planes = [p for a, b in split for p in block(a, b, reach)]
     if rng.random() < .12: planes = planes[::-1]  # numbered from the feet
-    moved = tuple(rng.normal(0, .7, 3) if rng.random() < .9 else rng.normal(0, 2, 3))
+    moved = tuple(rng.normal(0, 1.1, 3) if rng.random() < .9 else rng.normal(0, 2.5, 3))
     return Scan('axial_t2', planes, np.arange(1, len(planes) + 1), round(gap * rng.uniform(.8, .95), 2), gap, '', zoom, moved)
 
 

@@ -170,11 +170,11 @@ def lesson_study(seed=0) -> PhantomStudy:
     "A small study in memory, in under a second: what the lessons of this project run on."
     return phantom_study(seed, 0, 'small')
 
-# %% ../nbs/04_phantom.ipynb #0e9d2228
+# %% ../nbs/04_phantom.ipynb #4d8f147d
 ENHANCED_MR = '1.2.840.10008.5.1.4.1.1.4.1'
 
 
-def slice_dataset(study_id, scan, i, pixels, frame_uid, clock, quirks=()):
+def slice_dataset(study_id, scan, i, pixels, frame_uid, clock, quirks=(), window=(2, 98.5)):
     "The 27 elements of one slice, pixels RLE-compressed."
     plane, n = scan.planes[i], int(scan.numbers[i])
     meta = FileMetaDataset()
@@ -189,7 +189,7 @@ def slice_dataset(study_id, scan, i, pixels, frame_uid, clock, quirks=()):
     d.PixelSpacing, d.SliceLocation = list(map(float, plane.spacing)), float(f'{plane.position @ plane.normal:.6g}')
     d.Rows, d.Columns = plane.shape
     d.SamplesPerPixel, d.BitsAllocated, d.BitsStored, d.HighBit, d.PixelRepresentation, d.PhotometricInterpretation = 1, 16, 12, 11, 0, 'MONOCHROME2'
-    low, high = np.percentile(pixels[::4, ::4], (2, 98.5))
+    low, high = np.percentile(pixels[::4, ::4], window)
     d.WindowCenter, d.WindowWidth = float(round((low + high) / 2)), float(round(max(high - low, 1)))
     pixels = quirk_dataset(quirks, d, pixels)
     d.compress(RLELossless, pixels, encoding_plugin='pylibjpeg', generate_instance_uid=False)
@@ -206,7 +206,7 @@ def write_study(
         place = Path(folder) / study_id / scan.series_id
         place.mkdir(parents=True, exist_ok=True)
         for i, pixels in enumerate(phantom.images[scan.series_id]):
-            dataset = slice_dataset(study_id, scan, i, pixels, f'{study_id}.9.{j + 1}', ('20240507', f'{101500 + 7 * j}.0'), phantom.quirks)
+            dataset = slice_dataset(study_id, scan, i, pixels, f'{study_id}.9.{j + 1}', ('20240507', f'{101500 + 7 * j}.0'), phantom.quirks, SCANNERS[phantom.scanner]['window'])
             dataset.save_as(place / f'{scan.numbers[i]}.dcm', enforce_file_format=True)
     quirk_files(np.random.default_rng([phantom.seed, phantom.k, 9]), phantom.quirks, Path(folder) / study_id)
 
