@@ -29,7 +29,7 @@ lock:
 
 # The phantom is made once (a second call finds it complete), the run goes on where it stopped, the table is read from both.
 demo: setup
-	$(BIN)/mscan_phantom --out $(DATA) --studies 60 --test_studies 36 --seed 1
+	$(BIN)/mscan_phantom --out $(DATA) --studies 84 --test_studies 32 --seed 1
 	$(BIN)/mscan_run --data_dir $(DATA) --run_dir $(RUN) --preset demo
 	$(BIN)/mscan_evaluate --run_dir $(RUN) --train_csv $(DATA)/test_labels.csv --truth_csv $(DATA)/truth.csv --json $(RUN)/held_out.json
 

@@ -37,7 +37,7 @@ def p_risk(
     odds = np.asarray(p_score, float) / np.asarray(weights)
     return odds / odds.sum(-1, keepdims=True)
 
-# %% ../nbs/42_grading.ipynb #1681d62d
+# %% ../nbs/42_grading.ipynb #8a7b7f3a
 def load_models(
     manifests: dict,   # stage -> `mscan.runs.Manifest`, of 10_prepare to 42_grading
     device='cpu',
@@ -50,7 +50,7 @@ def load_models(
     net = build_model(**card['architecture'])
     load_weights(net, path('42_grading', 'grader'))
     centre_net, window_px = load_centres(path('30_crops', 'axial_point'), device)
-    return SimpleNamespace(find_points=load_keypoints(path('20_keypoints', 'keypoints'), device), find_boxes=load_levels(path('40_levels', 'levels'), device, *(manifests['40_levels'].parameters[k] for k in ('conf', 'agree_mm'))),
+    return SimpleNamespace(find_points=load_keypoints(path('20_keypoints', 'keypoints'), device), find_boxes=load_levels(path('40_levels', 'levels'), device, *(manifests['40_levels'].parameters[k] for k in ('conf', 'agree_mm', 'tie'))),
                            centre_net=centre_net, window_px=window_px, prepare=Preprocess(**centre_card['preprocessing']), encoders=encoders, net=net.to(device).eval(), card=card,
                            low=manifests['10_prepare'].parameters['low'], high=manifests['10_prepare'].parameters['high'], rule=manifests['21_projection'].parameters['rule'], passes=manifests['21_projection'].parameters['passes'], size_px=card['size_px'],
                            conditions=card['conditions'], view_dropout=card['view_dropout'], device=device, prior=pd.read_csv(manifests['10_prepare'].path('prior')))

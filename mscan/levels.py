@@ -128,13 +128,17 @@ def predict_levels(
     absent = p < conf
     return np.where(absent, 0., p), np.where(absent[..., None], np.nan, boxes)
 
-# %% ../nbs/40_levels.ipynb #7455efa6
+# %% ../nbs/40_levels.ipynb #b3d691de
 def pick_slices(
     p: np.ndarray,      # (n, 5)
     boxes: np.ndarray,  # (n, 5, 3) x_px, y_px, width_mm
+    tie: float=0.,      # probabilities down to (1 - tie) of the largest count as equal to it; 0 is the paper's rule
 ) -> pd.DataFrame:      # a row a level that has a box: level, slice_i, x_px, y_px, width_mm, confidence
-    "For each level the slice of the largest probability, and its box; a level without any box has no row."
-    best = p.argmax(0)                                                         # (5,) i_j
+    "For each level the slice of the largest probability, of equal ones the middle one, and its box; a level without any box has no row."
+    equal = np.where(p >= (1 - tie) * p.max(0), p, 0.)                         # (n, 5)
+    middle = (equal * np.arange(len(p))[:, None]).sum(0) / np.maximum(equal.sum(0), 1e-12)
+    away = np.where(equal > 0, np.abs(np.arange(len(p))[:, None] - middle), np.inf)
+    best = p.argmax(0) if tie == 0 else away.argmin(0)                         # (5,) i_j
     rows = [dict(zip(('level', 'slice_i', 'x_px', 'y_px', 'width_mm', 'confidence'), (level, int(i), *boxes[i, j], p[i, j]), strict=True))
             for j, (level, i) in enumerate(zip(LEVELS, best, strict=True)) if p[i, j] > 0]
     return pd.DataFrame(rows, columns=['level', 'slice_i', 'x_px', 'y_px', 'width_mm', 'confidence']).astype(dict(slice_i=int))
@@ -170,7 +174,7 @@ def strike_out(
     away = np.linalg.norm((boxes[..., :2] - expected) * series.pixel_spacing[:, None, ::-1], axis=-1)               # (n, 5) mm in the plane
     return np.where(away > agree_mm, 0., p)
 
-# %% ../nbs/40_levels.ipynb #33893236
+# %% ../nbs/40_levels.ipynb #04c657b1
 def levels_card(
     network, prepare: Preprocess, size_px: int, mm_per_px: float,
 ) -> dict:
@@ -185,6 +189,7 @@ def load_levels(
     device='cpu',
     conf: float=CONFIDENCE,
     agree_mm: float=AGREE_MM,  # boxes farther from stage one's point are struck out
+    tie: float=0.,           # see `pick_slices`
 ):                           # find(series, keypoints) -> table of `with_keypoints`; find.probabilities(series) -> p, boxes
     "The trained detector as a function of a sagittal T2 series and the keypoints of its study."
     card = load_card(path)
@@ -197,6 +202,6 @@ def load_levels(
 
     def find(series, keypoints):
         p, boxes = probabilities(series)
-        return with_keypoints(pick_slices(strike_out(p, boxes, series, keypoints, agree_mm), boxes), series.series_id, keypoints)
+        return with_keypoints(pick_slices(strike_out(p, boxes, series, keypoints, agree_mm), boxes, tie), series.series_id, keypoints)
     find.probabilities = probabilities
     return find

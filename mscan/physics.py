@@ -6,13 +6,13 @@
 __all__ = ['TISSUES', 'SPREAD', 'draw_tissues', 'signals', 'plane_points', 'expose', 'draw_chain', 'coil', 'acquire',
            'reconstruct']
 
-# %% ../nbs/037_physics.ipynb #fbb56e61
+# %% ../nbs/037_physics.ipynb #00c961ba
 from types import SimpleNamespace
 
 import numpy as np
 from scipy import fft
 
-from .tissues import Site, layers
+from .tissues import SPINE, Site, spine_layers, trunk
 
 # %% ../nbs/037_physics.ipynb #2bb0909a
 _TISSUES = """air 0 1 1 1 0 | gas .02 500 500 20 0 | skin .7 700 850 40 .15 | fat .95 343 382 112 1 | muscle .8 1008 1412 46 .03 | wall .6 900 1100 30 0 | bowel .85 900 1100 85 .05 | kidney .85 966 1142 82 0
@@ -46,7 +46,7 @@ def signals(
     fat = echo(tissues['fat'][0], fat_t1, tissues['fat'][3])
     return {name: (echo(density, (t1, t1_3)[high], t2) * (1 - share), fat * share) for name, (density, t1, t1_3, t2, share) in tissues.items() if name != 'fat'} | {'fat': (0., fat)}
 
-# %% ../nbs/037_physics.ipynb #792ff579
+# %% ../nbs/037_physics.ipynb #7933c0bf
 def plane_points(plane, offset=0.):
     "x, y, z (n,) float32 of the pixel centres of a plane, row by row, moved by `offset` mm along the normal."
     rows, columns = plane.shape
@@ -56,30 +56,41 @@ def plane_points(plane, offset=0.):
                  for i in range(3))
 
 
+def _cover(image, colours, found):
+    "Lay tissues over an image (channels, n), in place."
+    part, at = image, None
+    for tissue, share, index in found:
+        if index is not at:
+            if at is not None: image[:, at] = part
+            part, at = (image if index is None else image[:, index]), index
+        part += (colours[tissue] - part) * share
+    if at is not None: image[:, at] = part
+    return image
+
+
 def expose(
     anatomy,
     plane,      # geometry.Plane
     signal,     # list of tissue -> (water, fat), of `signals`
     thickness,  # mm
-    offsets=(-.25, .25),  # where in the thickness the anatomy is sampled
+    offsets=(-.25, .25),  # where in the thickness the spine is sampled; the rest of the trunk changes slowly and is sampled once
 ):              # (sequences, 2, rows, columns) float32, water and fat
     "The signal of a slice before the scanner does anything to it."
     colours = {t: np.array([v for s in signal for v in s[t]], np.float32)[:, None] for t in signal[0]}
-    total = 0
+    base = near = None               # the trunk; the pixels that may hold spine
     for part in offsets:
         x, y, z = plane_points(plane, part * thickness)
+        if base is not None: x, y, z = x[near], y[near], z[near]
         u, p, s = anatomy.spine(x, y, z)
         site = Site(anatomy, dict(x=x, y=y, z=z, u=u, p=p, s=s, row=anatomy.row(s)), max(.8, float(plane.spacing[0])))
-        image = here = np.zeros((2 * len(signal), len(x)), np.float32)
-        where = None                     # the part of the image that `here` is a copy of
-        for tissue, share, index in layers(site):
-            if index is not where:
-                if where is not None: image[:, where] = here
-                here, where = (image if index is None else image[:, index]), index
-            here += (colours[tissue] - here) * share
-        if where is not None: image[:, where] = here
-        total = total + image
-    return (total * (1 + np.float32(.04) * site.grain()) / len(offsets)).reshape(len(signal), 2, *plane.shape)
+        if base is None:
+            base = _cover(np.zeros((2 * len(signal), len(x)), np.float32), colours, trunk(site))
+            near, grain = np.flatnonzero((np.abs(u) < SPINE[0]) & (p > SPINE[1])), site.grain()
+            total = _cover(base.copy(), colours, spine_layers(site))
+        else:
+            total += base
+            total[:, near] += _cover(base[:, near], colours, spine_layers(site)) - base[:, near]
+    return (total * (1 + np.float32(.04) * grain) / len(offsets)).reshape(len(signal), 2, *plane.shape)
 
 # %% ../nbs/037_physics.ipynb #ba7544dd
 def draw_chain(rng, ranges, sagittal):
