@@ -41,7 +41,7 @@ test-all: setup
 
 # Is the phantom worth learning from? About an hour; the last one needs the run of `make demo`. See benchmarks/README.md.
 benchmarks: setup
-	for b in $(BENCHMARKS); do $(BIN)/python -m benchmarks.$$b || exit 1; done
+	for b in $(BENCHMARKS); do $(BIN)/python -m benchmarks.$$b --check || exit 1; done
 
 # Run the lessons of every notebook (or N=name) and store what they show; the run parts are left alone.
 lessons: setup

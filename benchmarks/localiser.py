@@ -27,9 +27,9 @@ def find_all(find, study):
     return find(images.normalise(series[0])).assign(study_id=study.study_id)
 
 
-def made_study(k, seed, size, weights):
+def made_study(k, seed, size, prevalence, weights):
     "Errors of one phantom study; only its sagittal T2 series is painted."
-    p = phantom.phantom_study(seed, k, size, pixels=False)
+    p = phantom.phantom_study(seed, k, size, prevalence, pixels=False)
     j = next(j for j, s in enumerate(p.scans) if s.view == 'sagittal_t2')
     made = phantom.paint(p, [(j, i) for i in range(len(p.scans[j].planes))])
     pixels = {s.series_id: [] for s in p.scans} | {p.scans[j].series_id: [made[j, i] for i in range(len(p.scans[j].planes))]}
@@ -57,7 +57,7 @@ def main(argv=None):
         tables = pooled(partial(read_study, data_dir=args.data_dir, truth=truth, weights=weights), ids, args.workers, 'studies')
         name = f'{args.data_dir.name}, {len(ids)} studies'
     else:
-        tables = pooled(partial(made_study, seed=args.seed, size=args.size, weights=weights), range(args.studies), args.workers, 'studies')
+        tables = pooled(partial(made_study, seed=args.seed, size=args.size, prevalence=args.prevalence, weights=weights), range(args.studies), args.workers, 'studies')
         name = data_of(args)
     table = pd.concat(tables, ignore_index=True)
     error, study = table.error_mm.fillna(LOST_MM).to_numpy(), pd.factorize(table.study_id)[0]

@@ -40,7 +40,7 @@ def compare(report, args, name, test, found, replaced):
 def main(argv=None):
     names = sorted(SCANNERS)
     p = add_arguments(parser('scanners', __doc__.split('\n')[0], 160))
-    p.add_argument('--hold', nargs='+', default=names[:1], choices=[*names, 'all'], help="profiles to hold out, one after the other; 'all': every one")
+    p.add_argument('--hold', nargs='+', default=['Cedar'], choices=[*names, 'all'], help="profiles to hold out, one after the other; 'all': every one")
     p.add_argument('--held_out', type=int, default=80, help='test studies a profile')
     p.add_argument('--repeats', type=int, default=3, help='networks a view and training, answering together')
     args = p.parse_args(argv)

@@ -40,8 +40,8 @@ def draw_sequence(rng, scanner, view):
     tr, te = (float(rng.uniform(*ranges[f'{kind.lower()}_{n}'])) for n in ('tr', 'te'))
     return SimpleNamespace(kind=kind, tr=tr, te=te, tesla=ranges['tesla'], ti_factor=float(rng.uniform(.88, 1.06)))
 
-# %% ../nbs/038_acquisition.ipynb #3edbb00f
-SIZES = {'demo': dict(sagittal=(240, 256, 288), axial=(192, 208, 224), slices=(13, 17), gap=(4.2, 4.9), axial_gap=(4.0, 4.9), axial_field=(150, 200), zoom=1.25),
+# %% ../nbs/038_acquisition.ipynb #4e73a008
+SIZES = {'demo': dict(sagittal=(240, 256, 288), axial=(192, 208, 224), slices=(15, 17), gap=(4.2, 4.9), axial_gap=(4.0, 4.9), axial_field=(150, 200), zoom=1.25),
          'small': dict(sagittal=(160,), axial=(128,), slices=(10, 10), gap=(6.2, 6.6), axial_gap=(6., 6.8), axial_field=(160, 180), zoom=1.)}
 
 

@@ -54,9 +54,9 @@ def draw_build(
         if isinstance(value, np.floating): setattr(build, name, float(value))  # numpy scalars would turn float32 images into float64
     return build
 
-# %% ../nbs/035_anatomy.ipynb #b33ae897
+# %% ../nbs/035_anatomy.ipynb #acc04180
 LINE_BLEND = (.5, 7.)  # mm behind the wall
-TABLE = SimpleNamespace(y0=-190., z0=-224., step=2., ny=165, nz=224)  # the grid, mm
+TABLE = SimpleNamespace(y0=-190., z0=-264., step=2., ny=165, nz=244)  # the grid, mm
 
 
 def back_wall(
@@ -117,7 +117,7 @@ def _spans(s, build):
     k = np.clip(np.searchsorted(np.concatenate([[-np.inf], (bottom[:-1] + top[1:]) / 2]), s) - 1, 0, len(top) - 1)
     return k, np.maximum(top[k] - s, s - bottom[k])
 
-# %% ../nbs/035_anatomy.ipynb #dc77b4aa
+# %% ../nbs/035_anatomy.ipynb #127c4713
 def bone_profiles(
     s,       # (n,) mm
     build,
@@ -127,7 +127,6 @@ def bone_profiles(
     k, end = _spans(s, build)
     top, bottom = build.edges[0::2], build.edges[1::2]
     middle, n = (top + bottom) / 2, len(SHAPE)
-    lumbar = (k >= FIRST) & (k < FIRST + 5)
     waist = np.clip(1 - (2 * (s - middle[k]) / (bottom - top)[k]) ** 2, 0, 1)
     knots = np.stack([top, bottom], 1).ravel()
     after = np.minimum(np.arange(n) + 1, n - 1)
@@ -152,7 +151,7 @@ def bone_profiles(
         process=np.interp(s, middle, np.where(np.arange(n) < FIRST, 30, np.where(np.arange(n) < FIRST + 4, 32, np.where(np.arange(n) == FIRST + 4, 23, 9)))) * build.size,
         fascia=gaussian_filter1d(np.interp(s, middle, np.where(np.arange(n) < FIRST - 2, 46, np.where(np.arange(n) < FIRST + 5, 58, np.where(np.arange(n) < FIRST + 6, 44, 22)))), 40) * build.size,
         psoas=np.interp(s, middle[[FIRST - 1, FIRST, FIRST + 2, FIRST + 4, FIRST + 6]], [1, 6, 15, 20, 15]) * build.size * build.muscle,
-        wing=np.interp(s, [wing_top, wing_top + 8, bottom[FIRST + 6], bottom[FIRST + 8]], [0, 1, .8, 0]), lumbar=lumbar.astype(float))
+        wing=np.interp(s, [wing_top, wing_top + 8, bottom[FIRST + 6], bottom[FIRST + 8]], [0, 1, .8, 0]))
 
 # %% ../nbs/035_anatomy.ipynb #a73ecbb6
 AREA_LOSS = .70  # share of the sac's area that a canal degree of 1 takes

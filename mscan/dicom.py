@@ -41,7 +41,7 @@ class Series:
 
     def __len__(self): return len(self.instance_number)
 
-# %% ../nbs/01_dicom.ipynb #6e060ec3
+# %% ../nbs/01_dicom.ipynb #2ee6797f
 def slice_middles(
     position,     # (n, 3) mm
     orientation,  # (n, 6)
@@ -68,7 +68,7 @@ class Study:
             i, xyz = len(s) // 2, np.concatenate(axial)                                # (m, 3) mm
             xy = (xyz - s.image_position[i]) @ s.image_orientation[i].reshape(2, 3).T / s.pixel_spacing[i, ::-1]
             return round(2 * ((xy >= 0) & (xy <= s.shape[i, ::-1] - 1)).all(1).mean())  # 2: all or most of them, 1: about half, 0: few or none
-        return sorted((s for s in self.series if s.view == view), key=lambda s: (-shown(s) if axial else 0, -len(s), s.series_id))
+        return sorted((s for s in self.series if s.view == view), key=lambda s: (-shown(s) if axial and len(s) > 4 else 0, -len(s), s.series_id))
 
 # %% ../nbs/01_dicom.ipynb #6d3664ef
 STACK_TOLERANCE_DEG = .5  # slices of one stack share their orientation up to rounding; stacks differ by degrees

@@ -30,7 +30,7 @@ def draw_tissues(rng):
         drawn[name] = density * a, t1 * b, t1_3 * b, t2 * c, fat if fat == 1 else min(fat * d, .9)
     return drawn
 
-# %% ../nbs/037_physics.ipynb #a6e5a9a4
+# %% ../nbs/037_physics.ipynb #b2d23395
 def signals(
     tissues,   # of `draw_tissues`
     sequence,  # namespace: kind 'T1', 'T2' or 'STIR'; tr, te in ms; tesla 1.5 or 3; ti_factor (STIR)
@@ -41,7 +41,7 @@ def signals(
     ti = np.log(2) * fat_t1 * sequence.ti_factor if sequence.kind == 'STIR' else None
 
     def echo(density, t1, t2):
-        up = 1 - np.exp(-sequence.tr / t1) if ti is None else abs(1 - 2 * np.exp(-ti / t1) + np.exp(-sequence.tr / t1))
+        up = 1 - np.exp(-sequence.tr / t1) if ti is None else 2 * np.exp(-ti / t1) - 1 - np.exp(-sequence.tr / t1)
         return density * up * np.exp(-sequence.te / t2)
     fat = echo(tissues['fat'][0], fat_t1, tissues['fat'][3])
     return {name: (echo(density, (t1, t1_3)[high], t2) * (1 - share), fat * share) for name, (density, t1, t1_3, t2, share) in tissues.items() if name != 'fat'} | {'fat': (0., fat)}
@@ -92,13 +92,13 @@ def expose(
             total[:, near] += _cover(base[:, near], colours, spine_layers(site)) - base[:, near]
     return (total * (1 + np.float32(.04) * grain) / len(offsets)).reshape(len(signal), 2, *plane.shape)
 
-# %% ../nbs/037_physics.ipynb #ba7544dd
+# %% ../nbs/037_physics.ipynb #1172dda2
 def draw_chain(rng, ranges, sagittal):
     "What one series' coil, sampling and reconstruction do to all its slices. `ranges`: name -> (low, high) of the scanner."
     def within(name): return float(rng.uniform(*ranges[name]))
     return SimpleNamespace(reach=rng.uniform(110, 380), ripple=rng.uniform(0, .12), phase=rng.uniform(0, 6.3), length=rng.uniform(60, 120), side=rng.normal(0, .0008), flat=within('flat'), noise=within('noise'), full=within('full'), gamma=rng.uniform(.85, 1.15),
         band=sagittal and rng.random() < .6, band_y=rng.uniform(-80, -58), band_slope=rng.normal(0, .08), band_rest=rng.uniform(.1, .45), keep=(within('keep_phase'), within('keep')), phase_axis=int(rng.random() < .4), filter=within('filter'),
-        shift_px=220 * ranges['tesla'] / 1.5 / within('bandwidth'), shift_sign=rng.choice([-1, 1]), motion=rng.uniform(.25, 1.) if rng.random() < ranges['motion'] else 0., breaths=rng.uniform(4, 11), sharpen=within('sharpen'))
+        shift_px=220 * ranges['tesla'] / 1.5 / within('bandwidth'), shift_sign=rng.choice([-1, 1]), motion=rng.uniform(.25, 1.) * (rng.random() < ranges['motion']), breaths=rng.uniform(4, 11), sharpen=within('sharpen'))
 
 # %% ../nbs/037_physics.ipynb #401cdba7
 def coil(plane, chain):

@@ -186,7 +186,7 @@ def locate_points(
     merged['slice_i'] = merged.slice_i.astype(int)
     return merged[['study_id', 'series_id', 'view', 'slice_i', 'condition', 'level', 'x_px', 'y_px', 'x_mm', 'y_mm', 'z_mm']], absent
 
-# %% ../nbs/10_prepare.ipynb #0af0362e
+# %% ../nbs/10_prepare.ipynb #8b49e674
 STEP_MM = (10., 50.)  # between canal points of neighbouring levels; 21 to 36 mm on real studies
 SIDE_MM = 5.          # left and right points of a level lie farther apart than this; on one sagittal slice they are 0 to 2 mm apart in x
 
@@ -205,6 +205,11 @@ def _smooth(order, xyz_mm):
     return max(np.linalg.norm(fit(k) - xyz_mm[k]) for k in order) <= np.median(np.linalg.norm(np.diff(xyz_mm, axis=0), axis=1))
 
 
+def _roughness(order, xyz_mm):
+    "Root mean square distance of points from their quadratic, mm."
+    return np.sqrt(np.mean([(np.polyval(np.polyfit(order, xyz_mm[:, a], 2), order) - xyz_mm[:, a]) ** 2 for a in range(3)]))
+
+
 def clean_canal_points(
     points: pd.DataFrame,  # of `locate_points`
 ):                         # points without the doubtful ones, the doubtful ones
@@ -216,6 +221,7 @@ def clean_canal_points(
         if _descends(order, xyz) and _smooth(order, xyz): continue
         swapped = {k + j for k in range(n - 1) for j in (0, 1) if _descends(order, xyz[[*range(k), k + 1, k, *range(k + 2, n)]])}
         alone = [k for k in range(n) if _descends(np.delete(order, k), np.delete(xyz, k, 0))]
+        if len(alone) == n: alone = [min(alone, key=lambda k: _roughness(np.delete(order, k), np.delete(xyz, k, 0)))]  # all descend, one stands out
         doubtful.append(t.iloc[sorted(swapped) or alone or list(range(n))].drop(columns='order'))
     doubtful = pd.concat(doubtful) if doubtful else points.iloc[:0]
     return points.drop(doubtful.index), doubtful

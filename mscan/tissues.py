@@ -115,7 +115,7 @@ def muscles(site):
     yield 'wall', .7 * np.exp(-((p - border) / .8) ** 2) * soft(erector - 3, 4) * (p > 20), near.index
     yield 'ligament', soft(u - 1.2) * soft(p - fascia + 4) * .6, near.index
 
-# %% ../nbs/036_tissues.ipynb #de4e9038
+# %% ../nbs/036_tissues.ipynb #bacb3acb
 def _endplates(near, p, r, q):
     "Signed mm to the endplate, positive in the disc: its hollow, and the nodes where disc has sunk into a body."
     end = near.of('end') + near.of('dish') * (1 - np.minimum(r * r, 1.2))
@@ -127,7 +127,7 @@ def _endplates(near, p, r, q):
 
 
 def _marrow(near, outside, end, grain):
-    "Marrow with its fat, patchier with age; Modic changes along the endplates; the vein behind the middle of a body."
+    "Marrow with its fat, patchier in some; Modic changes along the endplates; the vein behind the middle of a body."
     soft, build, coarse = near.soft, near.anatomy.build, near.grain(True)
     yield 'marrow', soft(outside + .25), near.index
     patches = np.clip(build.patchy * coarse - .5, 0, 1.2)
@@ -222,7 +222,7 @@ def posterior_bones(site):
     yield 'cortex', face * np.exp(-(across / 1.35) ** 2), near.index
     yield 'csf', face * .6 * np.exp(-(across / .5) ** 2), near.index
 
-# %% ../nbs/036_tissues.ipynb #861abd5e
+# %% ../nbs/036_tissues.ipynb #1098c245
 def canal(site):
     "Epidural fat, bulging disc, flavum, recesses, then sac with cord and roots."
     near = site.part((site.p > -10) & (site.p < 34) & (np.abs(site.u) < 21))
@@ -245,7 +245,7 @@ def canal(site):
     yield 'ligament', open_ * window * soft(pocket - 4.2, 2) * np.clip(1.5 * recess - .15, 0, 1), near.index
     yield 'fat', open_ * window * soft(pocket - 3.6 * (1 - .7 * recess)) * np.clip(1.2 - 1.15 * recess, 0, 1), near.index
     yield 'root', open_ * window * soft(np.hypot(u - .8 * half, p - front - 2.3) - 1.6), near.index
-    yield from _sac(near, p, open_, np.maximum(tent + thick, front + lump - p), front)
+    yield from _sac(near, p, open_, np.maximum(np.maximum(tent + thick, front + lump - p), wall + 1 - p), front)
 
 # %% ../nbs/036_tissues.ipynb #fdbbc24d
 def _sac(near, p, open_, pressed, front):
