@@ -90,7 +90,7 @@ def main(argv=None):
     paired = lambda a, b: paired_bootstrap(area(a), area(b), study, args.draws, args.seed)
     for name, rating in ratings.items():
         found = interval(rating)
-        regression = name.startswith('regression')
+        regression = name.startswith('regression') and 'both' not in name  # the limit is for one crop; two beside each other are shown
         report.add(name, found, f'<= {LIMIT}' if regression else '', found.value <= LIMIT if regression else None)
     report.add('reader bound, these studies', interval(best))
     report.add('reader bound, expected', disease.reader_bound(args.prevalence, 4000, args.seed)['spinal']['auroc'], data=f'4000 latents of prevalence {args.prevalence}, seed {args.seed}')

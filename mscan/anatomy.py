@@ -15,16 +15,16 @@ from scipy.ndimage import gaussian_filter1d
 from scipy.spatial import cKDTree
 from scipy.special import ndtr
 
-# %% ../nbs/035_anatomy.ipynb #25e602df
+# %% ../nbs/035_anatomy.ipynb #34930e78
 _SHAPE = """T7 19 3 26 14 -2 -2 | T8 19 3 27 14.5 -2 -2 | T9 20 3 28 15 -2 -1.5 | T10 21 3.5 29 16 -1.5 -1.5 | T11 22 4 30 17.5 -1.5 -1.5 | T12 23.5 4.5 30.5 19 -1.5 0
 L1 24.5 6 31 20.5 -1 3 | L2 25 7.2 32 21.5 0 5 | L3 24.5 8 33 22.5 1 7 | L4 23.5 8.2 34 24 3 11 | L5 22 6.5 34 25.5 8 14
-S1 27 2.5 32 24 2 1 | S2 22 1.5 21 19 -12 -3 | S3 18 1 15 15 -20 -3 | S4 15 1 11 12 -20 -2 | S5 12 1 8 9 -15 -5 | Co 14 1 6 6 -10 0"""
+S1 27 2.0 32 24 1 -3 | S2 22 1.2 20 19 -12 -3 | S3 18 1 15 15 -20 -3 | S4 15 1 11 12 -20 -2 | S5 12 1 8 9 -15 -5 | Co 14 1 6 6 -10 0"""
 SHAPE = pd.DataFrame([r.split() for r in _SHAPE.replace('|', '\n').splitlines()], columns=['name', 'height', 'disc', 'depth', 'half_width', 'angle', 'disc_angle']
                      ).set_index('name').astype(float)
 FIRST = SHAPE.index.get_loc('L1')  # the disc below it is level 0
 STEP = .25  # mm between the samples of a profile along s
 
-# %% ../nbs/035_anatomy.ipynb #a41b6c29
+# %% ../nbs/035_anatomy.ipynb #f4bdf2b5
 def draw_build(
     rng,
     degeneration,         # (5,) 0..1, discs L1/L2 to L5/S1
@@ -36,11 +36,12 @@ def draw_build(
     height = SHAPE.height.to_numpy() * size * rng.normal(1, .025, n)
     disc = SHAPE.disc.to_numpy() * size * rng.normal(1, .08, n)
     disc[FIRST:FIRST + 5] *= 1.1 - .5 * degeneration
-    lordosis, angle = rng.uniform(.5, 1.3), np.stack([SHAPE.angle, SHAPE.disc_angle], 1)
+    lordosis, angle = rng.uniform(.65, 1.25), np.stack([SHAPE.angle, SHAPE.disc_angle], 1)
     kind = ('sacralised L5', 'lumbarised S1')[int(rng.random() < .5)] if rng.random() < transitional else ''
     if kind == 'sacralised L5': disc[FIRST + 4] *= .4; angle[FIRST + 4, 1] *= .35
     if kind == 'lumbarised S1': disc[FIRST + 5] *= rng.uniform(2., 2.8); angle[FIRST + 5] = 4, 9
-    angle = angle * np.where((lumbar >= 0) & (lumbar < 5), lordosis, rng.uniform(.7, 1.2))[:, None] + rng.normal(0, .8, (n, 2))
+    bend = np.where((lumbar >= 0) & (lumbar < 5), lordosis, rng.uniform(.8, 1.2))  # a straight back has a sacrum all the same: L5 and its disc bend at least by .9
+    angle = angle * np.where(lumbar == 4, np.maximum(bend, .9), bend)[:, None] + rng.normal(0, .8, (n, 2))
     edges = np.concatenate([[0], np.cumsum(np.stack([height, disc], 1).ravel()[:-1])])  # top of a body, top of its disc, ...
     edges -= (edges[2 * FIRST + 4] + edges[2 * FIRST + 5]) / 2                     # 0 = middle of L3
     build = SimpleNamespace(size=size, edges=edges, angle=np.deg2rad(angle), tilt=np.deg2rad(rng.normal(-5, 4.5)), degeneration=degeneration,
@@ -153,7 +154,7 @@ def bone_profiles(
         psoas=np.interp(s, middle[[FIRST - 1, FIRST, FIRST + 2, FIRST + 4, FIRST + 6]], [1, 6, 15, 20, 15]) * build.size * build.muscle,
         wing=np.interp(s, [wing_top, wing_top + 8, bottom[FIRST + 6], bottom[FIRST + 8]], [0, 1, .8, 0]))
 
-# %% ../nbs/035_anatomy.ipynb #a73ecbb6
+# %% ../nbs/035_anatomy.ipynb #ba610aac
 AREA_LOSS = .70  # share of the sac's area that a canal degree of 1 takes
 SAC_FRONT = 1.6  # mm from the back wall to the healthy sac
 
@@ -165,7 +166,7 @@ def _healthy(rng, s, build, disc):
     wobble = gaussian_filter1d(np.interp(s, knots, np.clip(rng.normal(1, .10, 9), .78, 1.22)), 3 / STEP)
     depth = np.interp(s, [upper, disc[3], disc[4], sacrum + 25, sacrum + 50], np.array([1.03, .98, .92, .55, 0]) * build.sac) * wobble
     half = np.interp(s, [upper, disc[3], disc[4], sacrum + 25, sacrum + 50], np.array([1.03, 1.02, .93, .6, 0]) * build.sac_half)
-    cushion = np.interp(s, [disc[3], disc[4], sacrum + 20], [0, 1.2, 3.5]) * build.epidural                # fat in front of the lowest sac
+    cushion = np.interp(s, [disc[3], disc[4] + 4, sacrum + 20], [0, .9, 3.5]) * build.epidural                # fat in front of the lowest sac
     gap = np.clip(_bump(s[:, None], disc + 1, 8).max(1) + (s < disc[0] - 15) * .5, 0, 1)                    # between two laminae
     back = SAC_FRONT + cushion + build.roof + np.interp(s, [upper, disc[4], sacrum + 25, sacrum + 60], np.array([1.03, 1., .66, .3]) * build.sac)
     back = back + (1.3 + 2.2 * build.epidural) * gap * np.clip((sacrum + 20 - s) / 12, 0, 1)

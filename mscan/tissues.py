@@ -115,7 +115,7 @@ def muscles(site):
     yield 'wall', .7 * np.exp(-((p - border) / .8) ** 2) * soft(erector - 3, 4) * (p > 20), near.index
     yield 'ligament', soft(u - 1.2) * soft(p - fascia + 4) * .6, near.index
 
-# %% ../nbs/036_tissues.ipynb #bacb3acb
+# %% ../nbs/036_tissues.ipynb #bcdddbce
 def _endplates(near, p, r, q):
     "Signed mm to the endplate, positive in the disc: its hollow, and the nodes where disc has sunk into a body."
     end = near.of('end') + near.of('dish') * (1 - np.minimum(r * r, 1.2))
@@ -152,8 +152,9 @@ def column(site):
     yield from _marrow(near, outside, end, grain)
     vein = np.maximum(np.abs(near.of('middle')) - 1.2 - .12 * np.clip(p + 12, 0, 12), np.abs(u) - 4 - .4 * p)
     yield 'vein', .8 * soft(vein, 1.5) * soft(-p - 11, 6) * soft(outside) * (near.of('sacral') < .5), near.index
-    yield 'cortex', soft(outside - .3) * .9 * np.exp(-((end - .1) / .58) ** 2), near.index
-    disc = soft(.7 - end) * soft(outside - .7)
+    rest = 1 - .55 * near.of('sacral')                                         # discs of the sacrum are remnants: thin, short, half ossified
+    yield 'cortex', soft(outside - .3) * .9 * rest * np.exp(-((end - .1) / .58) ** 2), near.index
+    disc = soft(.7 - end) * soft(outside - .7) * rest * (1 - near.of('sacral') * (1 - soft((r - .75) * 12, 4)))
     yield 'annulus', disc, near.index
     core, wet = (r - .74) * depth * .48, near.of('hydration')
     cleft = 1 - .45 * np.exp(-((near.of('end') - 3.6) / .9) ** 2) * soft(core + 3, 4)
@@ -222,7 +223,7 @@ def posterior_bones(site):
     yield 'cortex', face * np.exp(-(across / 1.35) ** 2), near.index
     yield 'csf', face * .6 * np.exp(-(across / .5) ** 2), near.index
 
-# %% ../nbs/036_tissues.ipynb #1098c245
+# %% ../nbs/036_tissues.ipynb #5c412a86
 def canal(site):
     "Epidural fat, bulging disc, flavum, recesses, then sac with cord and roots."
     near = site.part((site.p > -10) & (site.p < 34) & (np.abs(site.u) < 21))
@@ -239,7 +240,7 @@ def canal(site):
     lump = near.of('lump') * np.exp(-((near.u - near.of('lump_u')) / near.of('lump_width')) ** 2)
     shelf = front + lump - .8 - .022 * u ** 2 * (1 - .6 * recess) + 1.8 * recess * window * np.exp(-((u - 8) / 3) ** 2)
     bulge = np.maximum(p - shelf, -near.of('end') - 2.5 - (near.of('bulge') + near.of('lump')) * .5)
-    yield 'annulus', open_ * soft(bulge), near.index
+    yield 'annulus', open_ * soft(bulge) * (1 - near.of('sacral')), near.index
     yield 'ligament', open_ * np.exp(-((p - wall - .4) / .7) ** 2) * (u < 9) * .8, near.index
     pocket = np.hypot((u - .82 * half) / 1.05, p - front - 2.3)
     yield 'ligament', open_ * window * soft(pocket - 4.2, 2) * np.clip(1.5 * recess - .15, 0, 1), near.index
