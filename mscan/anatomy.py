@@ -24,7 +24,7 @@ SHAPE = pd.DataFrame([r.split() for r in _SHAPE.replace('|', '\n').splitlines()]
 FIRST = SHAPE.index.get_loc('L1')  # the disc below it is level 0
 STEP = .25  # mm between the samples of a profile along s
 
-# %% ../nbs/035_anatomy.ipynb #f4bdf2b5
+# %% ../nbs/035_anatomy.ipynb #82ff0267
 def draw_build(
     rng,
     degeneration,         # (5,) 0..1, discs L1/L2 to L5/S1
@@ -46,7 +46,7 @@ def draw_build(
     edges -= (edges[2 * FIRST + 4] + edges[2 * FIRST + 5]) / 2                     # 0 = middle of L3
     build = SimpleNamespace(size=size, edges=edges, angle=np.deg2rad(angle), tilt=np.deg2rad(rng.normal(-5, 4.5)), degeneration=degeneration,
         depth=SHAPE.depth.to_numpy() * size * rng.normal(1, .02, n), half_width=SHAPE.half_width.to_numpy() * size * rng.normal(1, .02, n), transitional=kind,
-        scoliosis=(rng.normal(0, 2.2), rng.uniform(150, 300), rng.uniform(0, 6), rng.normal(0, .016)), rotation=rng.normal(0, .05, 2),
+        scoliosis=(rng.normal(0, 2.2), rng.uniform(150, 300), rng.uniform(0, 6), rng.normal(0, .016)), rotation=rng.normal(0, .06, 2),
         muscle_fat=rng.uniform(.05, 1.), fat=rng.uniform(5, 30), belly=rng.uniform(95, 150), flank=rng.uniform(150, 185), conus=rng.normal(0, 12), muscle=rng.uniform(.82, 1.12), vessels=rng.uniform(.85, 1.2),
         sac=np.clip(rng.normal(14.2, 2.2), 10.2, 19.), sac_half=np.clip(rng.normal(9.4, 1.2), 7., 12.), roof=rng.uniform(.8, 2.4), triangle=rng.uniform(-.05, .38), epidural=rng.uniform(.3, 2.3),
         flow=rng.uniform(0, 1) ** 1.3, facet=rng.uniform(.85, 1.15), joint=np.deg2rad(rng.uniform(38, 62)), foramen=np.clip(rng.normal(1, .1), .8, 1.2),
@@ -154,8 +154,8 @@ def bone_profiles(
         psoas=np.interp(s, middle[[FIRST - 1, FIRST, FIRST + 2, FIRST + 4, FIRST + 6]], [1, 6, 15, 20, 15]) * build.size * build.muscle,
         wing=np.interp(s, [wing_top, wing_top + 8, bottom[FIRST + 6], bottom[FIRST + 8]], [0, 1, .8, 0]))
 
-# %% ../nbs/035_anatomy.ipynb #ba610aac
-AREA_LOSS = .70  # share of the sac's area that a canal degree of 1 takes
+# %% ../nbs/035_anatomy.ipynb #6661e14c
+AREA_LOSS = .66  # share of the sac's area that a canal degree of 1 takes
 SAC_FRONT = 1.6  # mm from the back wall to the healthy sac
 
 
