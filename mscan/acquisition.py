@@ -104,10 +104,10 @@ def plan_sagittal(rng, view, field):
     moved = tuple(rng.normal(0, 1.5, 3)) if view == 'sagittal_t1' and rng.random() < .12 else (0., 0., 0.)
     return Scan(view, stack_of(places, across, down, spacing, shape), np.arange(1, slices + 1), thickness, gap, '', zoom, moved)
 
-# %% ../nbs/038_acquisition.ipynb #3504fd4b
+# %% ../nbs/038_acquisition.ipynb #436b9d00
 def _axial_stack(rng, anatomy, s, tilt, count, gap, matrix, spacing):
     "Parallel slices centred at the canal at arc length s, tilted by `tilt` rad from straight axial, from head to foot."
-    rotation = turned(rng.normal(0, 6), rng.normal(0, 2.5), np.rad2deg(tilt))
+    rotation = turned(rng.normal(0, 7.5), rng.normal(0, 2.5), np.rad2deg(tilt))
     across, down, normal = rotation @ [1, 0, 0], rotation @ [0, 1, 0], rotation @ [0, 0, 1]
     centre = anatomy.place(0, rng.uniform(-18, 6), s) + [rng.normal(0, 5), 0, 0]
     return stack_of(centre - (np.arange(count) - (count - 1) / 2)[:, None] * gap * normal, across, down, spacing, matrix)

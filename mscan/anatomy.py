@@ -24,7 +24,7 @@ SHAPE = pd.DataFrame([r.split() for r in _SHAPE.replace('|', '\n').splitlines()]
 FIRST = SHAPE.index.get_loc('L1')  # the disc below it is level 0
 STEP = .25  # mm between the samples of a profile along s
 
-# %% ../nbs/035_anatomy.ipynb #82ff0267
+# %% ../nbs/035_anatomy.ipynb #313b4cdd
 def draw_build(
     rng,
     degeneration,         # (5,) 0..1, discs L1/L2 to L5/S1
@@ -46,9 +46,9 @@ def draw_build(
     edges -= (edges[2 * FIRST + 4] + edges[2 * FIRST + 5]) / 2                     # 0 = middle of L3
     build = SimpleNamespace(size=size, edges=edges, angle=np.deg2rad(angle), tilt=np.deg2rad(rng.normal(-5, 4.5)), degeneration=degeneration,
         depth=SHAPE.depth.to_numpy() * size * rng.normal(1, .02, n), half_width=SHAPE.half_width.to_numpy() * size * rng.normal(1, .02, n), transitional=kind,
-        scoliosis=(rng.normal(0, 2.2), rng.uniform(150, 300), rng.uniform(0, 6), rng.normal(0, .016)), rotation=rng.normal(0, .06, 2),
+        scoliosis=(rng.normal(0, 2.2), rng.uniform(150, 300), rng.uniform(0, 6), rng.normal(0, .016)), rotation=rng.normal(0, .07, 2),
         muscle_fat=rng.uniform(.05, 1.), fat=rng.uniform(5, 30), belly=rng.uniform(95, 150), flank=rng.uniform(150, 185), conus=rng.normal(0, 12), muscle=rng.uniform(.82, 1.12), vessels=rng.uniform(.85, 1.2),
-        sac=np.clip(rng.normal(14.2, 2.2), 10.2, 19.), sac_half=np.clip(rng.normal(9.4, 1.2), 7., 12.), roof=rng.uniform(.8, 2.4), triangle=rng.uniform(-.05, .38), epidural=rng.uniform(.3, 2.3),
+        sac=np.clip(rng.normal(14.2, 2.2), 10.2, 19.), sac_half=np.clip(rng.normal(9.4, 1.45), 6.6, 12.6), roof=rng.uniform(.8, 2.4), triangle=rng.uniform(-.05, .38), epidural=rng.uniform(.3, 2.3),
         flow=rng.uniform(0, 1) ** 1.3, facet=rng.uniform(.85, 1.15), joint=np.deg2rad(rng.uniform(38, 62)), foramen=np.clip(rng.normal(1, .1), .8, 1.2),
         marrow=rng.uniform(-.5, .5), patchy=rng.uniform(.3, 1.6), grain=rng.integers(0, 128, 3) + 1024, cava=rng.uniform(0, 1), settle=rng.uniform(-.45, .35), roots=rng.uniform(.5, 1.))
     for name, value in vars(build).items():

@@ -14,12 +14,12 @@ from scipy import fft
 
 from .tissues import SPINE, Site, spine_layers, trunk
 
-# %% ../nbs/037_physics.ipynb #2bb0909a
+# %% ../nbs/037_physics.ipynb #1aed8f64
 _TISSUES = """air 0 1 1 1 0 | gas .02 500 500 20 0 | skin .7 700 850 40 .15 | fat .95 343 382 112 1 | muscle .8 1008 1412 46 .03 | wall .6 900 1100 30 0 | bowel .85 900 1100 85 .05 | kidney .85 966 1142 82 0
 vessel .04 1441 1932 60 0 | slow,blood .8 1441 1932 110 0 | vein .8 1441 1932 120 .1 | marrow .75 850 950 45 .42 | oedema .9 1300 1450 95 .1 | cortex .12 500 600 6 0 | annulus .6 1000 1150 42 0 | nucleus .95 1200 1350 135 0
 ligament .58 900 1050 26 .02 | interspinous .7 850 1000 38 .15 | dura .4 900 1050 25 0 | csf 1 4000 4300 1800 0 | flow .4 4000 4300 1800 0 | cord .82 745 993 76 0 | root .8 815 1083 77 .02"""
 TISSUES = {name.replace(',', ' '): tuple(map(float, v)) for name, *v in (row.split() for row in _TISSUES.replace('\n', '|').split('|'))}  # density, T1 at 1.5 T and 3 T in ms, T2 in ms, fat share
-SPREAD = .05, .10, .17, .15  # of density, T1, T2 and fat share from patient to patient, as the standard deviation of the logarithm
+SPREAD = .05, .10, .20, .15  # of density, T1, T2 and fat share from patient to patient, as the standard deviation of the logarithm
 
 
 def draw_tissues(rng):
