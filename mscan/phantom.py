@@ -7,14 +7,12 @@ __all__ = ['POINT_NOISE', 'NEAR_DISC', 'ENHANCED_MR', 'TEST_K', 'TABLES', 'MODUL
            'PhantomStudy', 'study_number', 'phantom_study', 'as_study', 'lesson_study', 'slice_dataset', 'write_study',
            'code_hash', 'write_tables', 'make_phantom', 'mscan_phantom']
 
-# %% ../nbs/04_phantom.ipynb #27e7a1b4
+# %% ../nbs/04_phantom.ipynb #834ac16a
 import hashlib
 import json
-import multiprocessing
 import shutil
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,7 +22,6 @@ import pandas as pd
 from fastcore.script import call_parse
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import RLELossless
-from tqdm.auto import tqdm
 
 from . import dicom, rsna
 from .acquisition import SCANNERS, SIZES, draw_scanner, draw_sequence, plan_study
@@ -33,6 +30,7 @@ from .disease import draw_disease, draw_missing, read_grades
 from .physics import acquire, coil, draw_chain, draw_tissues, expose, reconstruct, signals
 from .quirks import draw_quirks, quirk_dataset, quirk_files, quirk_labels, quirk_points, quirk_scans, quirk_table, quirks_of
 from .tissues import sac_area
+from .workers import pooled
 
 # %% ../nbs/04_phantom.ipynb #1d416775
 POINT_NOISE = 1.1  # mm, how far a reader's click strays
@@ -277,7 +275,7 @@ def _ready(out, facts):
     for name in TABLES: (out / name).unlink(missing_ok=True)
     return False
 
-# %% ../nbs/04_phantom.ipynb #6c0dd163
+# %% ../nbs/04_phantom.ipynb #aabb5a74
 def make_phantom(
     out,                 # folder of the data set; created
     studies: int=60,     # training studies
@@ -304,11 +302,8 @@ def make_phantom(
     (out / 'phantom.json').write_text(json.dumps(facts | dict(complete=False)))
     jobs = [('train', k) for k in range(studies)] + [('test', TEST_K + k) for k in range(test_studies)]
     one = partial(_make_one, out=out, seed=seed, kind=kind, pixels=pixels)
-    bar, start = partial(tqdm, total=len(jobs), desc='phantom', unit='study', disable=not progress), time.time()
-    if workers == 1: made = list(bar(map(one, jobs)))
-    else:
-        method = 'fork' if 'fork' in multiprocessing.get_all_start_methods() else 'spawn'
-        with ProcessPoolExecutor(min(workers, len(jobs)), multiprocessing.get_context(method)) as pool: made = list(bar(pool.map(one, jobs)))
+    start = time.time()
+    made = pooled(one, jobs, workers, 'phantom', progress, 'study')
     write_tables(out, made, quirks)
     (out / 'phantom.json').write_text(json.dumps(facts | dict(complete=True, seconds=round(time.time() - start, 1)), indent=1))
     return out
