@@ -134,7 +134,7 @@ class LevelHeads(nn.Module):
         logits = torch.stack([head(o[:, t]) for t, head in enumerate(self.heads)], 1)  # (B, T, C*G)
         return logits.unflatten(-1, self.shape)                                     # (B, T, C, G)
 
-# %% ../nbs/41_crossattention.ipynb #5fb1ffba
+# %% ../nbs/41_crossattention.ipynb #fb3dc9dc
 class MScan(nn.Module):
     "The multi-view cross attention model of the paper: features of both views of a study -> logits (B, T, C, G)."
     def __init__(
@@ -147,9 +147,11 @@ class MScan(nn.Module):
         layers: int = 1,        # layers of LSTM and GRUs (paper: silent)
         dropout: float = .1,    # spatial dropout (paper: no rate; released code: .1)
         residual: bool = False, # beyond the paper: LayerNorm(query + answer) round each attention
+        embeddings: bool = False, # beyond the paper: each level and each view adds a learned vector of its own
     ):
         super().__init__()
         self.residual = residual
+        self.places = nn.ParameterList(nn.Parameter(torch.randn(levels, dim) / dim ** .5) for _ in range(2)) if embeddings else None  # (T, D) a view
         self.gru_s, self.gru_a = BiGRU(dim, layers), BiGRU(dim, layers)
         self.lstm_a = SliceLSTM(dim, layers)
         self.attention_1, self.attention_2 = CrossAttention(dim, heads), CrossAttention(dim, heads)
@@ -169,6 +171,7 @@ class MScan(nn.Module):
         e_a, slices = fill_absent(axial, axial_mask)                            # (B, T, S, D), (B, T, S)
         o_s = self.gru_s(e_s)                                                   # (B, T, D)
         o_ax = self.gru_a(self.lstm_a(e_a, slices))                             # (B, T, D)
+        if self.places: o_s, o_ax = o_s + self.places[0], o_ax + self.places[1]
         o_1, w_1 = self.attention_1(o_ax, o_s, o_s, s_present)                  # (B, T, D), (B, H, T, T)
         o_2, w_2 = self.attention_2(o_s, o_ax, o_ax, slices.any(-1))            # (B, T, D), (B, H, T, T)
         if self.residual: o_1, o_2 = self.norm_1(o_ax + o_1), self.norm_2(o_s + o_2)

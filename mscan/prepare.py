@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['GEOMETRY', 'STEP_MM', 'SIDE_MM', 'read_tables', 'series_report', 'study_report', 'check_data', 'slice_rows',
-           'cache_study', 'load_study', 'locate_points', 'clean_canal_points', 'clean_sides', 'split_studies',
-           'prepare', 'load_tables', 'sentence', 'quality_lines', 'mscan_check']
+           'cache_study', 'load_study', 'locate_points', 'clean_canal_points', 'clean_sides', 'clean_points', 'prepare',
+           'load_tables', 'sentence', 'quality_lines', 'mscan_check']
 
-# %% ../nbs/10_prepare.ipynb #11b6a130
+# %% ../nbs/10_prepare.ipynb #2d7ffccc
 import json
 import sys
 from pathlib import Path
@@ -21,6 +21,7 @@ from .dicom import Series, Study, read_study
 from .images import normalise
 from .metrics import prior_table
 from .rsna import LEVELS, TableError, discover_studies, read_coordinates, read_descriptions, read_train
+from .split import read_folds, split_folds
 from .workers import pooled
 
 # %% ../nbs/10_prepare.ipynb #a406eaf5
@@ -213,32 +214,25 @@ def clean_sides(
     wrong = t.index[pd.MultiIndex.from_frame(t[['study_id', 'what', 'level']]).isin(x.index[x.left - x.right < SIDE_MM])]
     return points.drop(wrong), points.loc[wrong]
 
-# %% ../nbs/10_prepare.ipynb #37e8a8de
-def split_studies(
-    labels: pd.DataFrame,       # tidy labels
-    validation: float=.1,       # share of all studies
-    test: float=.2,             # share of all studies
-    seed: int=0,
-) -> pd.Series:                 # part ('train', 'validation', 'test') by study_id
-    "Deal studies into three parts, balanced by the worst canal grade; raises ValueError where a part would be empty."
-    canal = labels[labels.condition == 'spinal_canal_stenosis']
-    worst = canal.groupby('study_id').grade.max().astype(float).fillna(-1).reindex(sorted(set(labels.study_id)), fill_value=-1)
-    rng, part = np.random.default_rng(seed), pd.Series('train', index=worst.index, name='part')
-    shares, owed = dict(validation=validation, test=test), dict(validation=0., test=0.)
-    for _, stratum in sorted(worst.groupby(worst)):
-        ids = rng.permutation(stratum.index.to_numpy())
-        for name, share in shares.items():
-            owed[name] += share * len(stratum)
-            n = min(int(round(owed[name])), len(ids))
-            owed[name] -= n
-            part[ids[:n]] = name
-            ids = ids[n:]
-    for name, share in shares.items():
-        if share > 0 and not (part == name).any(): raise ValueError(f'{len(worst)} studies are too few for a {name} share of {share}')
-    if not (part == 'train').any(): raise ValueError('no study is left to train on')
-    return part
+# %% ../nbs/10_prepare.ipynb #1d6586dd
+def clean_points(
+    points: pd.DataFrame,  # the coordinates table
+    slices: pd.DataFrame,  # of `slice_rows`, all studies
+    notes: list,           # gets the sentences
+):                         # points that are used, points that are not
+    "Labelled points tied to slices, in mm, without those that cannot be right."
+    points, absent = locate_points(points, slices)
+    if absent: notes.append(f'{absent} labelled points lie on slices that are absent or unreadable: left out')
+    points, doubtful = clean_canal_points(points)
+    if len(doubtful): notes.append(f'{len(doubtful)} canal points of {doubtful.study_id.nunique()} studies do not fit the others of their study: left out')
+    points, sides = clean_sides(points)
+    if len(sides): notes.append(f'{len(sides)} points of {sides.study_id.nunique()} studies lie on the wrong side or left and right on one slice: left out')
+    elsewhere = points[(points.condition == 'spinal_canal_stenosis') & (points['view'] != 'sagittal_t2')]
+    if len(elsewhere): notes.append(f'{len(elsewhere)} canal points of {elsewhere.study_id.nunique()} studies are not on a sagittal T2 series: the keypoint and level networks do not see them')
+    doubtful = pd.concat([doubtful, sides])
+    return points, doubtful
 
-# %% ../nbs/10_prepare.ipynb #649301bd
+# %% ../nbs/10_prepare.ipynb #ef579bfb
 def prepare(
     data_dir,                      # competition folder
     out,                           # folder for the products
@@ -250,6 +244,9 @@ def prepare(
     seed: int=0,
     workers: int=2,
     progress: bool=True,
+    folds: int=0,                  # k folds outside the test part; 0: none
+    fold: int=-1,                  # the fold that this run holds out
+    folds_csv: str='',             # a user's own folds, see `mscan.split.read_folds`
 ) -> SimpleNamespace:              # as `load_tables`
     "Read a competition folder into tables and a pixel cache; raises TableError where there is nothing to train on."
     out = Path(out)
@@ -264,17 +261,11 @@ def prepare(
     rows, reports = zip(*pooled(cache_study, jobs, workers, 'read', progress), strict=True)
     slices = pd.concat(rows, ignore_index=True)
     labels = train.labels[train.labels.study_id.isin(own)].reset_index(drop=True)
-    points, absent = locate_points(train.points[train.points.study_id.isin(own)], slices)
-    if absent: notes.append(f'{absent} labelled points lie on slices that are absent or unreadable: left out')
-    points, doubtful = clean_canal_points(points)
-    if len(doubtful): notes.append(f'{len(doubtful)} canal points of {doubtful.study_id.nunique()} studies do not fit the others of their study: left out')
-    points, sides = clean_sides(points)
-    if len(sides): notes.append(f'{len(sides)} points of {sides.study_id.nunique()} studies lie on the wrong side or left and right on one slice: left out')
-    elsewhere = points[(points.condition == 'spinal_canal_stenosis') & (points['view'] != 'sagittal_t2')]
-    if len(elsewhere): notes.append(f'{len(elsewhere)} canal points of {elsewhere.study_id.nunique()} studies are not on a sagittal T2 series: the keypoint and level networks do not see them')
-    doubtful = pd.concat([doubtful, sides])
-    part = split_studies(labels, validation, test, seed)
+    points, doubtful = clean_points(train.points[train.points.study_id.isin(own)], slices, notes)
+    parts = split_folds(labels, validation, test, seed, folds, fold, read_folds(folds_csv) if folds_csv else None)
+    part = parts.part
     studies = pd.DataFrame([dict(study_id=j[2], split=j[1], part=part.get(j[2], 'submission') if j[1] == 'train' else 'submission') for j in jobs])
+    studies['fold'] = studies.study_id.map(parts.fold).fillna(-1).astype(int)
     series = slices.groupby(['study_id', 'series_id', 'view'], sort=False).agg(slices=('slice_i', 'size'), stacks=('stack', lambda s: s.max() + 1)).reset_index()
     for name, table in dict(studies=studies, series=series, slices=slices, labels=labels, points=points, doubtful_points=doubtful).items():
         table.to_parquet(out / f'{name}.parquet', index=False)

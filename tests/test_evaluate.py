@@ -11,11 +11,12 @@ import pandas as pd
 import pytest
 
 import mscan
-from mscan.evaluate import (PROBS, RISKS, against_constants, calibration_error, check_no_leak, evaluate_run, graded_rows, metric_table,
-                            mscan_evaluate, pick_labels, reliability, report_lines)
-from mscan.localisation import made_up_run
-from mscan.metrics import grade_metrics, prior_table, score, weighted_log_loss
-from mscan.rsna import CONDITIONS, LEVELS, TableError, write_train
+from mscan.compare import graded_rows, metric_table, to_submission
+from mscan.evaluate import (against_constants, calibration_error, check_no_leak, evaluate_run, finished, mscan_evaluate, pick_labels, reliability,
+                            report_lines, run_pictures)
+from mscan.localisation import MOVED, made_up_run
+from mscan.metrics import METRICS, RISKS, grade_metrics, p_risk, prior_table, score, weighted_log_loss
+from mscan.rsna import CONDITIONS, LEVELS, PROBS, TableError, write_submission, write_train
 from mscan.runs import STAGES, RunError
 
 CANAL = CONDITIONS[0]
@@ -60,7 +61,7 @@ def run(tmp_path):
             prior=prior_table(labels[labels.study_id.map(PART) == 'train']))
     pretend(folder, '20_keypoints', points=made.points, studies_seen=seen)
     pretend(folder, '21_projection', axial_slices=made.axial_slices)
-    pretend(folder, '30_crops', studies_seen=seen)
+    pretend(folder, '30_crops', studies_seen=seen, axial_points=made.axial_points)
     pretend(folder, '31_encoders', studies_seen=seen)
     pretend(folder, '40_levels', boxes=made.boxes, studies_seen=seen)
     pretend(folder, '42_grading', predictions=answers.assign(part=answers.study_id.map(PART)), studies_seen=seen)
@@ -152,10 +153,132 @@ def test_metric_table():
     assert len(rows) == 195
     table = metric_table(rows, draws=100).set_index(['level', 'metric'])
     whole = grade_metrics(rows[list(PROBS)], rows.grade, rows[list(RISKS)])
-    assert all(np.isclose(table.value['all', k], whole[k]) for k in ('accuracy', 'wce', 'auroc', 'binary_auroc', 'binary_accuracy', 'kappa'))
-    assert np.isnan(table.value['l1_l2', 'auroc']) and np.isfinite(table.value['l1_l2', 'binary_auroc']) and (table.n['l1_l2'] == 39).all()
+    assert all(np.isclose(table.value['all', k], whole[k]) for k in METRICS)
+    assert all(np.isnan(table.value['l1_l2', k]) for k in ('auroc', 'severe_ap', 'severe_sens90')) and np.isfinite(table.value['l1_l2', 'binary_auroc']) and (table.n['l1_l2'] == 39).all()
     assert table.low[['l1_l2', 'l5_s1']].isna().all() and (table.low['all'] < table.high['all']).all()
     with pytest.raises(TableError, match='no prediction'): graded_rows(answers, labels.assign(grade=pd.NA))
+
+
+def test_localisation_is_split_and_centres_stand_beside_the_projection(run):
+    r = evaluate_run(run.dir, draws=5).report
+    split, point = r['localisation'], r['axial_point']
+    assert np.isclose(np.hypot(split['in_plane_median_mm'], split['through_median_mm']), split['median_mm'], atol=.6) and split['through_median_mm'] < split['in_plane_median_mm']
+    assert set(point) == {'canal'} and point['canal']['slices'] == 300 and point['canal']['centre_median_mm'] < 1.2 < point['canal']['projected_median_mm']  # no recess points in this run
+    recess = pd.concat([run.made.truth.assign(condition=c, y_mm=run.made.truth.y_mm - 4, x_mm=run.made.truth.x_mm + side) for c, side in ((CONDITIONS[3], 7), (CONDITIONS[4], -7))])
+    hidden = pd.concat([run.made.truth, recess])
+    hidden[hidden.study_id.map(PART) == 'submission'].to_csv(run.truth_csv, index=False)
+    point = evaluate_run(run.dir, run.labels_csv, run.truth_csv, draws=5).report['axial_point']
+    assert point['canal']['slices'] == point['recess_midpoint']['slices'] == 150 and 3 < point['recess_midpoint']['centre_median_mm'] < 5  # made-up centres are at the canal
+    run.made.slices[['study_id', 'series_id']].drop_duplicates().assign(**(dict.fromkeys(MOVED, 0.) | {'shift_y_mm': -4.})).to_csv(run.truth_csv.with_name('truth_series.csv'), index=False)
+    found = evaluate_run(run.dir, run.labels_csv, run.truth_csv, draws=5)
+    moved = found.report['axial_point']
+    assert 3 < moved['canal']['centre_median_mm'] < 5 and moved['recess_midpoint']['centre_median_mm'] > 7  # the file beside truth.csv is heard
+    lines = '\n'.join(report_lines(found.report))
+    assert 'axial point to the recess midpoint, in plane: median' in lines and 'through plane median' in lines
+
+
+def test_a_run_without_axial_points_or_variants_says_nothing_of_them(run):
+    pretend(run.dir, '30_crops', studies_seen=run.seen)
+    found = evaluate_run(run.dir, draws=5)
+    assert 'axial_point' not in found.report and 'variants' not in found.report and found.variants is None and not found.report['notes']
+
+
+@pytest.fixture
+def with_variants(run, monkeypatch):
+    "The run with a finished stage 45_variants: mscan as 42_grading answered, and a noisier rival with three seeds."
+    known = STAGES if '45_variants' in STAGES else (*STAGES[:STAGES.index('50_evaluate')], '45_variants', *STAGES[STAGES.index('50_evaluate'):])
+    for module in (mscan.runs, mscan.evaluate): monkeypatch.setattr(module, 'STAGES', known)
+    own = run.answers[run.answers.condition == CANAL]
+    tables = [own.assign(variant='mscan', seed=0, points='predicted')]
+    for seed in range(3):
+        rival, p = own.assign(variant='sagittal_gru', seed=seed, points='predicted'), .6 * own[list(PROBS)] + .4 * np.random.default_rng(seed).dirichlet((1, 1, 1), len(own))
+        rival[list(PROBS)], rival[list(RISKS)] = p, p_risk(p)
+        tables.insert(0, rival)
+    run.variants = pd.concat(tables, ignore_index=True).assign(part=lambda t: t.study_id.map(PART))
+    probes = pd.concat([run.variants[(run.variants.variant == v) & (run.variants.seed == 0)].assign(variant=name) for v, name in (('mscan', 'as trained'), ('sagittal_gru', 'uniform'))])
+    pretend(run.dir, '45_variants', variants=run.variants, probes=probes, studies_seen=run.seen)
+    return run
+
+
+def test_variants_of_a_run(with_variants):
+    found = evaluate_run(with_variants.dir, draws=100)
+    table = found.variants.set_index('variant')
+    assert list(table.index) == ['sagittal_gru', 'mscan'] and table.studies.tolist() == [20, 20] and table.seeds.tolist() == [3, 1]
+    assert np.isclose(table.wce['mscan'], found.report['grading']['wce'][0]) and table.wce_diff['mscan'] == 0 and table.wce_diff_low['sagittal_gru'] > 0
+    lines = '\n'.join(report_lines(found.report))
+    assert all(word in lines for word in ('Table I', 'Table II', 'M-SCAN', 'published*', 'real RSNA 2024 data')) and found.report['variants'][1]['variant'] == 'mscan'
+    json.dumps(mscan.runs.plain(found.report), allow_nan=False)
+    assert found.probes.variant.tolist() == ['as trained', 'uniform'] and found.probes.wce_diff[0] == 0 < found.probes.wce_diff_low[1] and 'attention replaced' in lines
+    for rest in (with_variants.variants[with_variants.variants.part != 'test'], with_variants.variants[with_variants.variants.variant != 'mscan']):
+        pretend(with_variants.dir, '45_variants', variants=rest, studies_seen=with_variants.seen)
+        without = evaluate_run(with_variants.dir, draws=5)
+        assert without.variants is None and any('variants holds no answer of mscan' in n for n in without.report['notes'])
+    pretend(with_variants.dir, '45_variants', variants=with_variants.variants.iloc[:0], probes=with_variants.variants.iloc[:0], studies_seen=with_variants.seen.iloc[:0])
+    none = evaluate_run(with_variants.dir, draws=5)  # the stage ran and was told to train nothing
+    assert none.variants is None and not none.report['notes'] and 'variants' not in none.report
+
+
+def test_a_leak_in_the_variants_is_found(with_variants):
+    assert '45_variants' in set(check_no_leak(with_variants.dir).stage)
+    pd.concat([with_variants.seen, pd.DataFrame({'study_id': ['31'], 'use': ['choose']})]).to_csv(with_variants.dir/'45_variants/studies_seen.csv', index=False)
+    with pytest.raises(RunError, match='leak: 45_variants saw 1 studies of part test, the first 31'): evaluate_run(with_variants.dir, draws=5)
+    pretend(with_variants.dir, '45_variants', variants=with_variants.variants)
+    with pytest.raises(RunError, match='45_variants trained, but has no product studies_seen'): check_no_leak(with_variants.dir)
+
+
+def test_a_pair_of_files_says_what_the_run_says(run, tmp_path, capsys):
+    rows = run.answers[run.answers.study_id.map(PART) == 'submission']
+    write_submission(to_submission(rows), tmp_path/'s.csv')
+    whole = evaluate_run(run.dir, run.labels_csv, draws=50).report
+    mscan_evaluate(train_csv=str(run.labels_csv), submission=str(tmp_path/'s.csv'), json=str(tmp_path/'pair.json'), draws=50)
+    said, pair = capsys.readouterr().out, json.loads((tmp_path/'pair.json').read_text())
+    assert set(pair['grading']) == set(CONDITIONS) and all(c in said for c in CONDITIONS) and 'competition score' in said
+    for m in METRICS: assert np.allclose(pair['grading'][CANAL][m], whole['grading'][m], atol=.01), m  # up to the floor of submitted probabilities, intervals included
+    assert np.allclose([pair['competition'][k][0] for k in ('score', 'spinal', 'any_severe')], [whole['competition']['model'][k] for k in ('score', 'spinal', 'any_severe')], atol=1e-3)
+    for args, why in ((dict(submission='s.csv'), '--submission needs --train_csv'), (dict(submission='s.csv', run_dir='r'), 'one at a time'),
+                      (dict(submission='s.csv', train_csv='t.csv', truth_csv='u.csv'), '--truth_csv goes with --run_dir'), (dict(submission='s.csv', train_csv='none.csv'), 'no such file')):
+        with pytest.raises(SystemExit, match='mscan_evaluate: ') as stopped: mscan_evaluate(**args)
+        assert why in stopped.value.code and '\n' not in stopped.value.code
+
+
+def test_pictures_of_a_run_are_the_crops_that_were_graded(tmp_path):
+    "From the pixel cache, through the tables, the same crops as straight from the study."
+    from mscan.crops import Pictures, find_centres, study_crops
+    from mscan.geometry import plane_of
+    from mscan.images import Preprocess, normalise
+    from mscan.phantom import lesson_study
+    from mscan.prepare import slice_rows
+    from mscan.projection import choose_slices
+    lesson, prepare = lesson_study(seed=5), Preprocess(mm_per_px=.9)
+    study, offset, rows = lesson.study, 0, []
+    study.series = [normalise(s) for s in study.series]
+    for s in study.series:
+        rows.append(slice_rows(s, offset))
+        offset += int(s.shape.prod(1).sum())
+    xyz = lesson.truth[lesson.truth.condition == CANAL].set_index('level').loc[list(LEVELS), ['x_mm', 'y_mm', 'z_mm']].to_numpy()
+    centres, t2 = find_centres(None, study, choose_slices(study.of('axial_t2'), xyz), xyz, Pictures(study, prepare)), study.of('sagittal_t2')[0]
+    centres.loc[(centres.level == 'l2_l3') & (centres['rank'] == 2), 'used'] = False
+    middle = plane_of(t2, len(t2) // 2).to_pixel(xyz)
+    boxes = pd.DataFrame({'study_id': study.study_id, 'series_id': t2.series_id, 'slice_i': len(t2) // 2, 'level': LEVELS, 'x_px': middle[:, 0], 'y_px': middle[:, 1]})
+    pretend(tmp_path, '10_prepare', slices=pd.concat(rows), **{n: pd.DataFrame({'study_id': [study.study_id]}) for n in ('studies', 'series', 'labels', 'points', 'prior')})
+    (tmp_path/'10_prepare/cache').mkdir()
+    np.save(tmp_path/f'10_prepare/cache/{study.study_id}.npy', np.concatenate([p.ravel() for s in study.series for p in s.pixels]))
+    (tmp_path/'10_prepare/quality.json').write_text(json.dumps({'notes': [], 'studies': []}))
+    pretend(tmp_path, '30_crops', axial_points=centres.assign(study_id=study.study_id))
+    card = dict.fromkeys((*mscan.training.CARD_KEYS, 'sha256'), '') | {'preprocessing': prepare.to_dict()}
+    (tmp_path/'30_crops/axial_point.json').write_text(json.dumps(card))
+    manifest = tmp_path/'30_crops/manifest.json'
+    record = json.loads(manifest.read_text())
+    record['products']['axial_point.json'] = {'path': 'axial_point.json', 'bytes': 0, 'sha256': ''}
+    manifest.write_text(json.dumps(record))
+    with pytest.raises(RunError, match='40_levels has not run'): run_pictures(finished(tmp_path))
+    pretend(tmp_path, '40_levels', boxes=boxes[boxes.level != 'l5_s1'])
+    pictures, direct = run_pictures(finished(tmp_path), 64), study_crops(Pictures(study, prepare), boxes, centres, 64)
+    for j, level in enumerate(LEVELS):
+        sagittal, *axial = pictures(study.study_id, SimpleNamespace(level=level))
+        assert (sagittal is None) if level == 'l5_s1' else np.array_equal(sagittal, direct.sagittal[j])
+        for k, image in enumerate(axial): assert np.array_equal(image, direct.axial[0, j, k]) if direct.axial_mask[0, j, k] else image is None
+    assert pictures(study.study_id, SimpleNamespace(level='l2_l3'))[3] is None and direct.axial_mask[0, 1, 1]
 
 
 def test_gain_over_the_prior_is_paired():
@@ -190,8 +313,10 @@ def test_command_line(run):
         assert said in stopped.value.code and '\n' not in stopped.value.code
 
 
-def test_the_run_cells_of_the_notebook(run, monkeypatch):
+@pytest.mark.parametrize('variants', [False, True])
+def test_the_run_cells_of_the_notebook(variants, request, monkeypatch):
     "The notebook's third part, cell by cell, on the made-up run."
+    run = request.getfixturevalue('with_variants' if variants else 'run')
     matplotlib = pytest.importorskip('matplotlib')
     monkeypatch.setattr(matplotlib, 'rcParams', matplotlib.rcParams.copy())
     matplotlib.use('Agg')
@@ -199,10 +324,14 @@ def test_the_run_cells_of_the_notebook(run, monkeypatch):
     cells = json.loads((Path(mscan.evaluate.__file__).parents[1]/'nbs/50_evaluate.ipynb').read_text())['cells']
     cells = [''.join(c['source']) for c in cells if c['cell_type'] == 'code' and re.match(r'#\| eval: false', ''.join(c['source']))]
     assert 2 < len(cells) <= 11 and not any(re.search(r'^(def|class) ', c, re.M) for c in cells)
-    names = dict(vars(mscan.evaluate))
+    names, asked = dict(vars(mscan.evaluate)), []
+    names['run_pictures'] = lambda manifests: lambda study_id, row: asked.append((study_id, row.level)) or [np.zeros((8, 8), np.uint8), None]  # a made-up run has no pixels
     for i, cell in enumerate(cells):
         exec(cell, names)
         if i == 0: names |= {'run_dir': str(run.dir), 'draws': 20}
     manifest = json.loads((run.dir/'50_evaluate/manifest.json').read_text())
-    assert set(manifest['inputs']) == set(STAGES[:STAGES.index('50_evaluate')]) and manifest['metrics']['localisation']['levels'] == 100
-    assert {'report', 'figures', 'metrics', 'graded_rows'} <= set(manifest['products']) and (run.dir/'50_evaluate/figures.png').stat().st_size > 10_000
+    assert set(manifest['inputs']) | {'45_variants'} == {*STAGES[:STAGES.index('50_evaluate')], '45_variants'} and ('45_variants' in manifest['inputs']) == variants
+    assert manifest['metrics']['localisation']['levels'] == 100 and len(set(asked)) == 8
+    assert {'report', 'figures', 'metrics', 'graded_rows', 'worst', 'axial_point_canal'} <= set(manifest['products']) and (run.dir/'50_evaluate/figures.png').stat().st_size > 10_000
+    assert ({'variants', 'probes', 'variants_md', 'forest'} <= set(manifest['products'])) == variants
+    if variants: assert '| M-SCAN | predicted | 20 (100) | 1 |' in (run.dir/'50_evaluate/variants.md').read_text() and len(pd.read_csv(run.dir/'50_evaluate/variants.csv')) == 2

@@ -3,9 +3,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from mscan.localisation import (XYZ, axial_choice, level_shifts, localisation_summary, localise, made_up_run, sagittal_choice,
-                                slice_summary)
-from mscan.rsna import LEVELS
+from mscan.localisation import (MOVED, XYZ, axial_centres, axial_choice, centre_summary, level_shifts, localisation_summary, localise, made_up_run,
+                                recess_midpoints, sagittal_choice, slice_summary)
+from mscan.rsna import CONDITIONS, LEVELS
 
 
 @pytest.fixture
@@ -120,3 +120,62 @@ def test_sagittal_choice(run, step):
     summary = slice_summary(sagittal=found)['sagittal']
     assert summary['exact'] == (step == 0) and summary['within_1'] == (abs(step) <= 1) and summary['from_yolo'] == 1
     assert len(sagittal_choice(boxes[boxes.study_id != '0'], run.slices, run.truth)) == 55
+
+
+def tilted(seed):
+    "The slices of one study, all with the same oblique plane, and its axes: row, col, normal."
+    turn = rotation(seed)
+    table = pd.DataFrame({'study_id': '1', 'series_id': 's', 'slice_i': range(5), 'stack': 0, 'row_mm': .4, 'column_mm': .8})
+    for name, axis in (('row', turn[0]), ('col', turn[1])): table[[f'{name}_{a}' for a in 'xyz']] = axis
+    table[['ipp_x', 'ipp_y', 'ipp_z']] = np.arange(5)[:, None] * 4 * turn[2] + [7, -3, 20]
+    return table, turn
+
+
+@pytest.mark.parametrize('seed', range(4))
+def test_the_error_is_split_at_the_plane_of_the_slice(seed):
+    slices, (row, col, normal) = tilted(seed)
+    truth = pd.DataFrame({'study_id': '1', 'level': LEVELS, 'x_mm': 0., 'y_mm': 0., 'z_mm': [0., -30., -60., -90., -120.]})
+    points = truth.assign(series_id='s', slice_i=2)
+    points[XYZ] += 3 * row + 4 * col - 12 * normal
+    found = localise(points, truth, slices)
+    assert np.allclose(found.error_mm, 13) and np.allclose(found.in_plane_mm, 5) and np.allclose(found.through_mm, 12)
+    summary = localisation_summary(found)
+    assert np.isclose(summary['in_plane_median_mm'], 5) and np.isclose(summary['through_p95_mm'], 12)
+    points.loc[0, 'slice_i'] = 99  # a slice that is not in the table: the plane is unknown, the error is not
+    some = localise(points, truth, slices)
+    assert some.through_mm.isna().tolist() == [True, False, False, False, False] and np.allclose(some.error_mm, 13)
+    for blind in (localise(points, truth), localise(points.drop(columns='slice_i'), truth, slices)):
+        assert blind.through_mm.isna().all() and np.allclose(blind.error_mm, 13) and 'through_median_mm' not in localisation_summary(blind)
+
+
+@pytest.mark.parametrize('seed', range(3))
+def test_axial_centres_by_hand(seed):
+    slices, (row, col, normal) = tilted(seed)
+    truth = pd.DataFrame([('1', 'l3_l4', *(slices[['ipp_x', 'ipp_y', 'ipp_z']].to_numpy()[2] + 40 * row + 60 * col + 2 * normal))], columns=['study_id', 'level', *XYZ])
+    points = truth.copy()
+    points[XYZ] += 6 * row - 8 * col + 50 * normal  # 10 mm in the plane, and far off it, which is not asked here
+    centres = pd.DataFrame({'study_id': '1', 'level': 'l3_l4', 'pass_i': 0, 'series_id': 's', 'slice_i': [2, 3], 'used': True, 'centre_source': ['cnn', 'projected'],
+                            'x_px': [43 / .8, 40 / .8], 'y_px': [64 / .4, 60 / .4]})  # 3 and 4 mm away; exact
+    found = axial_centres(centres, points, slices, truth)
+    assert np.allclose(found.centre_mm, [5, 0]) and np.allclose(found.projected_mm, 10)
+    assert centre_summary(found) == pytest.approx({'slices': 2, 'from_cnn': .5, 'centre_median_mm': 2.5, 'centre_p95_mm': 4.75, 'projected_median_mm': 10, 'projected_p95_mm': 10})
+    moved = pd.DataFrame([('1', 's', *(3 * row + 4 * col))], columns=['study_id', 'series_id', *MOVED])  # the patient went where the first centre is
+    there = axial_centres(centres, points, slices, truth, moved)
+    assert np.allclose(there.centre_mm, [0, 5]) and np.allclose(there.projected_mm, np.hypot(3, 12))
+    assert len(axial_centres(pd.concat([centres, centres.assign(pass_i=1)]), points, slices, truth)) == 2  # a second pass over the same slice says nothing new
+    assert not len(axial_centres(centres.assign(used=False), points, slices, truth)) and not len(axial_centres(centres, points, slices, truth.assign(level='l1_l2')))
+
+
+def test_made_up_centres_are_a_millimetre_off(run):
+    found = axial_centres(run.axial_points, run.points, run.slices, run.truth)
+    assert len(found) == 180 and np.isclose(np.sqrt((found.centre_mm ** 2).mean()), 1, atol=.15) and np.isclose(np.sqrt((found.projected_mm ** 2).mean()), 2 * (2 / 3) ** .5, atol=.25)
+
+
+def test_recess_midpoints_need_both_sides_in_one_series():
+    left, right = CONDITIONS[3:]
+    points = pd.DataFrame([('1', left, 'l1_l2', 'a', 10., 0., 0.), ('1', right, 'l1_l2', 'a', -14., 2., 4.), ('1', left, 'l2_l3', 'a', 10., 0., 0.), ('1', right, 'l2_l3', 'b', -10., 0., 0.),
+                           ('1', left, 'l3_l4', 'a', 10., 0., 0.), ('2', right, 'l3_l4', 'a', -10., 0., 0.), ('1', CONDITIONS[0], 'l1_l2', 'a', 90., 90., 90.)],
+                          columns=['study_id', 'condition', 'level', 'series_id', *XYZ])
+    found = recess_midpoints(points)
+    assert found.to_numpy().tolist() == [['1', 'l1_l2', -2., 1., 2.]]
+    assert recess_midpoints(points.drop(columns='series_id')).level.tolist() == ['l1_l2', 'l2_l3']  # truth.csv names no series

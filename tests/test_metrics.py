@@ -9,8 +9,9 @@ import pandas as pd
 import pytest
 from sklearn import metrics as sk
 
-from mscan.metrics import (CLIP, FLOOR, Interval, auroc, bootstrap_interval, floor_probabilities, grade_metrics, mscan_score, paired_bootstrap,
-                           prior_rows, prior_table, quadratic_kappa, score, score_of, score_report, study_losses, uniform_rows, weighted_log_loss)
+from mscan.metrics import (CLIP, FLOOR, METRICS, Interval, auroc, average_precision, bootstrap_interval, floor_probabilities, grade_metrics,
+                           mscan_score, p_risk, paired_bootstrap, prior_rows, prior_table, quadratic_kappa, score, score_of, score_report, sensitivity_at,
+                           study_losses, threshold_counts, uniform_rows, weighted_log_loss)
 from mscan.rsna import CONDITIONS, LEVELS, PROBS, TableError, row_ids, write_submission, write_train
 
 LOG = np.log
@@ -248,6 +249,10 @@ def test_metrics_against_scikit_learn(seed):
     assert np.isclose(found['auroc'], sk.roc_auc_score(g, p, multi_class='ovr')) and np.isclose(found['binary_auroc'], sk.roc_auc_score(g > 0, -p[:, 0]))
     assert np.isclose(found['kappa'], sk.cohen_kappa_score(g, p.argmax(1), weights='quadratic')) and np.isclose(found['accuracy'], sk.accuracy_score(g, p.argmax(1)))
     assert np.isclose(found['wce'], sk.log_loss(g, p, sample_weight=np.take((1, 2, 4), g))) and found['n'] == 80
+    assert np.isclose(found['severe_ap'], sk.average_precision_score(g == 2, p[:, 2]))
+    for key, rating, positive in (('binary_sens90', -p[:, 0], g > 0), ('severe_sens90', p[:, 2], g == 2)):
+        away, hit, _ = sk.roc_curve(positive, rating, drop_intermediate=False)
+        assert np.isclose(found[key], hit[away <= .1 + 1e-12].max())
 
 
 def test_metrics_where_they_are_undefined():
@@ -257,6 +262,38 @@ def test_metrics_where_they_are_undefined():
     assert np.isnan(grade_metrics(p, [0, 1, 0], min_cases=2)['binary_auroc'])
     assert np.isnan(quadratic_kappa([0, 0], [0, 0])) and quadratic_kappa([0, 1, 2], [0, 1, 2]) == 1
     assert grade_metrics(p, [None] * 3)['n'] == 0 and np.isnan(auroc([1, 2], [True, True]))
+
+
+def test_average_precision_and_sensitivity_by_hand():
+    sick = np.array([True, False, True, False, False])
+    assert np.isclose(average_precision([5, 4, 3, 2, 1], sick), (1 + 2 / 3) / 2)  # precision 1 at the first, 2/3 at the second
+    assert np.isclose(average_precision([5, 3, 3, 2, 1], sick), (1 + 2 / 3) / 2)  # the tie is one step: 2 of 3
+    assert np.isclose(average_precision([1, 1, 1, 1, 1], sick), 2 / 5) and average_precision([5, 1, 4, 2, 3], sick) == 1  # chance; perfect
+    assert np.array_equal(threshold_counts([5, 3, 3, 2, 1], sick), [[1, 2, 2, 2], [0, 1, 2, 3]])
+    assert sensitivity_at([5, 4, 3, 2, 1], sick, 1.) == .5 and sensitivity_at([5, 4, 3, 2, 1], sick, 2 / 3) == 1 and sensitivity_at([5, 4, 3, 2, 1], sick, .7) == .5
+    assert sensitivity_at([5, 5, 3, 2, 1], sick, .9) == 0  # the only threshold above the other positive calls a negative too
+    assert sensitivity_at(np.arange(20.), np.arange(20) >= 10) == 1
+    many = np.arange(20) % 2 == 0  # ten positives, ten negatives, in turn, from the top a negative: one false call buys one right call ...
+    assert np.isclose(sensitivity_at(np.arange(20.), many), .1) and np.isclose(sensitivity_at(np.arange(20.), many, .8), .2)
+
+
+def test_no_figure_without_both_classes():
+    for figure in (average_precision, sensitivity_at):
+        for positive in ([True] * 3, [False] * 3, []): assert np.isnan(figure([.1, .2, .3][:len(positive)], positive))
+        assert np.isnan(figure([.1, .2, .3], [True, False, False], min_cases=2)) and np.isfinite(figure([.1, .2, .3], [True, False, False]))
+    p = np.array([[.8, .1, .1], [.2, .7, .1], [.6, .3, .1]])
+    found = grade_metrics(p, [0, 1, 0])  # nobody is Severe
+    assert np.isnan(found['severe_ap']) and np.isnan(found['severe_sens90']) and found['binary_sens90'] == 1
+    assert tuple(found) == (*METRICS, 'n') == tuple(grade_metrics(p, [None] * 3)) and all(np.isnan(grade_metrics(p, [None] * 3)[m]) for m in METRICS)
+
+
+def test_new_figures_read_p_risk():
+    p = np.array([[.3, .3, .4], [.5, .1, .4], [.1, .8, .1]])
+    risk = np.array([[.2, .2, .6], [.9, .05, .05], [.5, .4, .1]])
+    found = grade_metrics(p, [2, 0, 1], risk)
+    assert found['severe_ap'] == 1 and found['severe_sens90'] == 1 and found['binary_sens90'] == 1
+    assert grade_metrics(p, [2, 0, 1])['severe_ap'] == .5  # p alone ties the first two
+    assert np.allclose(p_risk(np.full((2, 3), 1 / 3)), np.array([4, 2, 1]) / 7)
 
 
 def test_risk_decides_the_grade_and_score_the_loss():
