@@ -11,7 +11,9 @@ export YOLO_AUTOINSTALL = 0
 
 BENCHMARKS ?= prevalence intersections difficulty views scanners shortcuts localiser
 
-.PHONY: setup demo test test-all benchmarks lessons lock clean
+SCIENCE ?= runs/science
+
+.PHONY: setup demo science test test-all benchmarks lessons lock clean
 
 setup: $(STAMP)
 
@@ -32,6 +34,12 @@ demo: setup
 	$(BIN)/mscan_phantom --out $(DATA) --studies 84 --test_studies 32 --seed 1
 	$(BIN)/mscan_run --data_dir $(DATA) --run_dir $(RUN) --preset demo
 	$(BIN)/mscan_evaluate --run_dir $(RUN) --train_csv $(DATA)/test_labels.csv --truth_csv $(DATA)/truth.csv --json $(RUN)/held_out.json
+
+# The paper's tables on phantom studies: every row, on the same crops, with intervals; in the run's 50_evaluate/variants.md.
+science: setup
+	$(BIN)/mscan_phantom --out data/science --studies 600 --test_studies 0 --seed 5
+	$(BIN)/mscan_run --data_dir data/science --run_dir $(SCIENCE) --preset science
+	$(BIN)/mscan_evaluate --run_dir $(SCIENCE) --truth_csv data/science/truth.csv --json $(SCIENCE)/held_out.json
 
 test: setup
 	$(BIN)/python -m pytest -q -n 2 --dist loadgroup -m "not slow" tests

@@ -132,9 +132,11 @@ def compare_variants(
         table.append(row)
     return pd.DataFrame(table)
 
-# %% ../nbs/48_compare.ipynb #80946901
+# %% ../nbs/48_compare.ipynb #777d455f
 WORDS = {'sagittal_concat': 'CNN (Sagittal only) + Concat', 'sagittal_gru': 'CNN (Sagittal only) + GRU', 'multiview_gru': 'CNN (Multi-View) + GRU', 'mscan': 'M-SCAN',
-         'axial_gru': 'CNN (Axial only) + GRU', 'late_blend': 'Late blend of two single views', 'encoders': 'Encoders alone'}  # Table I as printed; the last three are not in it
+         'axial_gru': 'CNN (Axial only) + GRU', 'late_blend': 'Late blend of two single views', 'encoders': 'Encoders alone',
+         **{f'mscan_{k}': f'M-SCAN, {v}' for k, v in dict(half='features: half', oof='features: out of fold', unfrozen='encoders unfrozen', label_crops='trained on label points', residual='residual', embeddings='embeddings', heads='4 heads',
+            view_dropout='view dropout', ordinal='ordinal loss', smoothing='label smoothing', mixup='mixup', tta='test-time crops', plus='residual, mixup, view dropout', plus_half='the same, features: half', plus_oof='the same, features: out of fold').items()}}  # the first four as Table I prints them
 PAPER_1 = {'sagittal_concat': (.8982, .392, .851), 'sagittal_gru': (.9137, .336, .863), 'multiview_gru': (.9260, .321, .891), 'mscan': (.9380, .282, .971)}  # Table I: accuracy, WCE, AUROC
 PAPER_2 = {'mscan': (.98, .9560)}  # Table II: binary AUROC, binary accuracy
 OTHERS_2 = {'DeepSpine': (.97, None), 'SpineNet': (.95, None), 'SpineNetV2': (None, .932), 'Bharadwaj et al.': (.95, None), 'Tumko et al.': (.963, None)}  # Table II, as the paper quotes them

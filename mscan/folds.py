@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['MAY_DIFFER', 'RESULTS', 'OOF_PROVENANCE', 'OWN', 'EPILOG', 'made_up_stage', 'made_up_folds', 'load_folds',
            'check_same', 'check_folds', 'out_of_fold', 'mean_of_part', 'beside_prior', 'fold_report', 'report_lines',
-           'combine', 'fold_plans', 'run_folds', 'folds_parser', 'plans_of', 'mscan_folds']
+           'clear_results', 'combine', 'fold_plans', 'run_folds', 'folds_parser', 'plans_of', 'mscan_folds']
 
-# %% ../nbs/62_folds.ipynb #e219ffcc
+# %% ../nbs/62_folds.ipynb #25abe6b0
 import os, sys, time
 from json import dumps
 from pathlib import Path
@@ -19,14 +19,14 @@ from tqdm import tqdm
 
 from .compare import KEYS, graded_rows, metric_table
 from .evaluate import HELD_OUT, check_no_leak
-from .metrics import RISKS, bootstrap_draws, percentile_interval, prior_rows, prior_table, score_of, study_losses
+from .metrics import RISKS, bootstrap_draws, p_risk, percentile_interval, prior_rows, prior_table, score_of, study_losses
 from .rsna import CONDITIONS, GRADE_WEIGHTS, LEVELS, PROBS, TableError, discover_studies
 from .runner import Parser, find_stages, plan, read_preset, run_stages
 from .runs import RunError, Stage, plain, portable, read_manifest, resolve
 from .split import read_folds, split_folds
 from .submission import GRADING, MEAN_PROVENANCE, average_runs, member_runs, write_results
 
-# %% ../nbs/62_folds.ipynb #5cfbb736
+# %% ../nbs/62_folds.ipynb #2c214e47
 def made_up_stage(
     run_dir, stage: str,
     parameters=None,  # as a manifest notes them
@@ -59,31 +59,27 @@ def made_up_folds(
         p = GRADE_WEIGHTS * np.exp(rng.normal(0, .5, (len(labels), 3)) + 1.2 * np.eye(3)[labels.grade.astype(int)])
         canal, known = (labels.condition == CONDITIONS[0]).to_numpy(), prior.set_index(['condition', 'level']).loc[pd.MultiIndex.from_frame(labels[KEYS[1:]])].to_numpy()
         p = np.where(canal[:, None], p / p.sum(1, keepdims=True), known)
-        rows = labels[KEYS].assign(**dict(zip(PROBS, p.T, strict=True)), **dict(zip(RISKS, p.T, strict=True)), source=np.where(canal, 'model', 'prior'), slices=np.where(canal, f'30{f}/7', ''),
+        rows = labels[KEYS].assign(**dict(zip(PROBS, p.T, strict=True)), **dict(zip(RISKS, p_risk(p).T, strict=True)), source=np.where(canal, 'model', 'prior'), slices=np.where(canal, f'30{f}/7', ''),
                                    reason=np.where(canal, '', 'this condition is not graded by the model of this run'), part=labels.study_id.map(table.set_index('study_id').part))
         seen = table[table.part.isin(('train', 'validation'))].assign(use=lambda t: t.part.map(dict(train='train', validation='choose')))[['study_id', 'use']]
         made_up_stage(Path(folder) / f'fold_{f}', '10_prepare', dict(folds=k, fold=f, seed=seed), studies=table, labels=own, prior=prior)
-        made_up_stage(Path(folder) / f'fold_{f}', '42_grading', dict(seed=seed), predictions=rows, studies_seen=seen)
+        for stage in GRADING[1:]: made_up_stage(Path(folder) / f'fold_{f}', stage, dict(seed=seed), studies_seen=seen, **(dict(predictions=rows) if stage == '42_grading' else {}))
     return labels
 
-# %% ../nbs/62_folds.ipynb #c8f356ee
+# %% ../nbs/62_folds.ipynb #66febbcc
 def load_folds(
     run_dir,    # folder of folds
 ) -> list:      # a run each: dir, manifests, studies (index study_id; split, part, fold), labels, prior, predictions
     "The finished runs of all folds. Raises RunError where one is missing or not finished."
     folds = []
     for run in member_runs(run_dir):
-        manifests = {}
-        for stage in GRADING:
-            try: manifests[stage] = read_manifest(run, stage)
-            except RunError:
-                if stage in ('10_prepare', '42_grading'): raise
+        manifests = {stage: read_manifest(run, stage) for stage in GRADING}
         read = lambda stage, name, m=manifests: pd.read_parquet(m[stage].path(name))
         folds.append(SimpleNamespace(dir=run, manifests=manifests, studies=read('10_prepare', 'studies').set_index('study_id'), labels=read('10_prepare', 'labels'),
                                      prior=pd.read_csv(manifests['10_prepare'].path('prior')), predictions=read('42_grading', 'predictions')))
     return folds
 
-# %% ../nbs/62_folds.ipynb #00bbe732
+# %% ../nbs/62_folds.ipynb #ee6ba7a7
 MAY_DIFFER = {'fold', 'data_dir', 'device', 'workers'}  # parameters that say where and on what a run was made
 
 
@@ -101,7 +97,7 @@ def check_same(
                 s = mine.index[mine != theirs][0]
                 raise RunError(f'study {s} has {column} {mine[s]} in the run of fold {f} and {theirs[s]} in that of fold 0: they were not dealt alike')
         for stage, manifest in one.manifests.items():
-            mine, theirs = (m.record['parameters'] for m in (manifest, first.manifests.get(stage, manifest)))
+            mine, theirs = (m.record['parameters'] for m in (manifest, first.manifests[stage]))
             other = [n for n in sorted({*mine, *theirs} - MAY_DIFFER) if mine.get(n) != theirs.get(n)]
             if other: raise RunError(f'{stage}.{other[0]} is {mine.get(other[0])!r} in fold {f} and {theirs.get(other[0])!r} in fold 0: run mscan_folds again for all of them')
 
@@ -200,9 +196,14 @@ def report_lines(
     return lines + [f'out of fold, {c}: {whole["from_model"][c]:.1%} of graded rows from the model; accuracy {text(m["accuracy"])}, AUROC {text(m["auroc"])}' for c, m in whole['grading'].items()] + [
         'in brackets 95 % intervals over studies; prior: smoothed, weighted, of the training part of the run that held the study out']
 
-# %% ../nbs/62_folds.ipynb #4c0d9361
+# %% ../nbs/62_folds.ipynb #694de91c
 RESULTS = ('oof.csv', 'oof_provenance.csv', 'test.csv', 'test_provenance.csv', 'submission.csv', 'provenance.csv', 'report.json')
 OOF_PROVENANCE = ('row_id', 'fold', 'source', 'reason')
+
+
+def clear_results(run_dir):
+    "Remove what `combine` has written."
+    for name in RESULTS: (resolve(run_dir) / name).unlink(missing_ok=True)
 
 
 def combine(
@@ -211,7 +212,7 @@ def combine(
 ) -> dict:          # of `fold_report`, and how many studies each stage saw
     "Write oof.csv, test.csv, submission.csv, each with its provenance, and report.json. Raises RunError as `check_folds` does, TableError for missing rows."
     run_dir = resolve(run_dir)
-    for name in RESULTS: (run_dir / name).unlink(missing_ok=True)
+    clear_results(run_dir)
     folds = load_folds(run_dir)
     seen, oof, means = check_folds(folds), out_of_fold(folds), {part: mean_of_part(folds, part) for part in ('test', 'submission')}
     report = fold_report(folds, oof, means['test'], draws, seed) | dict(run_dir=run_dir.name, studies_seen=seen.to_dict('records'))
@@ -242,7 +243,7 @@ def fold_plans(
     of = lambda f: {'10_prepare': shared['10_prepare'] | {'fold': f}}
     return [{stage: values | ({'copy_to': ''} if 'copy_to' in values else {}) for stage, values in (shared | of(f)).items()} for f in range(k)]
 
-# %% ../nbs/62_folds.ipynb #0943201d
+# %% ../nbs/62_folds.ipynb #9735a3df
 def run_folds(
     data_dir,        # the competition's folder
     run_dir,         # gets fold_0 .. fold_{k-1}
@@ -258,6 +259,7 @@ def run_folds(
     if (run_dir / '10_prepare').exists(): raise RunError(f'{portable(run_dir)} holds a run of its own: name another folder for the folds')
     extra = sorted(p.name for p in run_dir.glob('fold_*') if p.name not in {f'fold_{f}' for f in range(k)})
     if extra: raise RunError(f'{portable(run_dir)} holds {extra[0]}, but there are {k} folds: remove it, or name another folder')
+    clear_results(run_dir)
     for f in range(k) if only is None else only:
         say(f'fold {f} of {k}')
         try: run_stages(data_dir, run_dir / f'fold_{f}', plans[f], nbs, say)

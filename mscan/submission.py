@@ -82,7 +82,7 @@ def average_runs(
     mean['reason'] = [joint_reason(why) for why in zip(*(t.reason for t in tables), strict=True)]
     return mean.assign(models=[f'{n} of {len(tables)}' for n in model.sum(0)])
 
-# %% ../nbs/60_submission.ipynb #de3c7f91
+# %% ../nbs/60_submission.ipynb #6b845852
 def read_normalised(
     data_dir, study_id: str, descriptions,
     low: float, high: float,  # percentiles that become black and white
@@ -102,7 +102,8 @@ def predict_study(
     try:
         study = (read or partial(read_normalised, data_dir, study_id, descriptions))(models.low, models.high)
         rows = grade_study(study, models)
-        if strict and (rows[rows.condition.isin(models.conditions)]['source'] != 'model').any(): raise RunError(f'study {study_id}: {rows.reason[rows.condition.isin(models.conditions)].iloc[0]}')
+        fallen = rows[rows.condition.isin(models.conditions) & (rows['source'] != 'model')]
+        if strict and len(fallen): raise RunError(f'study {study_id}: {fallen.reason.iloc[0]}')
         return rows
     except Exception as e:
         if strict: raise

@@ -26,7 +26,7 @@ from .projection import choose_slices
 from .rsna import LEVELS, PROBS
 from .training import fit, seed_everything
 
-# %% ../nbs/45_variants.ipynb #d38be4eb
+# %% ../nbs/45_variants.ipynb #fd33760a
 @dataclass(frozen=True)
 class Variant:
     "What is trained for one row."
@@ -46,7 +46,7 @@ VARIANTS = {
     'mscan_residual': Variant(options=dict(residual=True)), 'mscan_embeddings': Variant(options=dict(embeddings=True)), 'mscan_heads': Variant(options=dict(heads=4)),
     'mscan_view_dropout': Variant(training=dict(view_dropout=.2)), 'mscan_ordinal': Variant(training=dict(ordinal=1.)), 'mscan_smoothing': Variant(training=dict(smoothing=.1)),
     'mscan_mixup': Variant(training=dict(mixup=1.)), 'mscan_tta': Variant(tta=True),
-    'mscan_plus': Variant(options=dict(residual=True), training=dict(mixup=1., view_dropout=.1)), 'mscan_plus_oof': Variant(options=dict(residual=True), training=dict(mixup=1., view_dropout=.1), features='oof'),
+    **{f'mscan_plus{end}': Variant(options=dict(residual=True), training=dict(mixup=1., view_dropout=.1), features=f) for end, f in (('', 'in_fold'), ('_half', 'half'), ('_oof', 'oof'))},
 }
 TABLE_1 = ('sagittal_concat', 'sagittal_gru', 'multiview_gru', 'mscan')
 GROUPS = dict(table1=TABLE_1, rivals=TABLE_1 + ('axial_gru', 'late_blend', 'encoders'), all=tuple(VARIANTS))

@@ -63,7 +63,8 @@ def data(small_data, tmp_path_factory):
 @pytest.fixture(scope='module')
 def run(data, tmp_path_factory):
     run_dir = tmp_path_factory.mktemp('runs') / 'smoke'
-    return run_dir, command('mscan_run', '--data_dir', data[0], '--run_dir', run_dir, '--preset', 'smoke', '-p', 'view_dropout', '0.1')  # smoke's U-Net has learned nothing: most of its points meet no axial slice
+    return run_dir, command('mscan_run', '--data_dir', data[0], '--run_dir', run_dir, '--preset', 'smoke', '-p', 'view_dropout', '0.1', '-p', '31_encoders.features', 'in_fold,oof', '-p', '31_encoders.parts', '2',
+                            '-p', '42_grading.features', 'oof', '-p', 'variants', 'sagittal_gru,mscan,mscan_oof')  # smoke's U-Net has learned nothing: most of its points meet no axial slice
 
 
 def submission_of(folder): return pd.read_csv(folder / 'submission.csv').set_index('row_id'), pd.read_csv(folder / 'provenance.csv', keep_default_na=False).set_index('row_id')
@@ -71,13 +72,23 @@ def submission_of(folder): return pd.read_csv(folder / 'submission.csv').set_ind
 
 def test_every_stage_leaves_its_manifest_and_notebook(run):
     run_dir, _ = run
-    stages = ['10_prepare', '20_keypoints', '21_projection', '30_crops', '31_encoders', '40_levels', '42_grading', '50_evaluate', '60_submission']
+    stages = ['10_prepare', '20_keypoints', '21_projection', '30_crops', '31_encoders', '40_levels', '42_grading', '45_variants', '50_evaluate', '60_submission']
     for stage in stages:
         manifest = json.loads((run_dir / stage / 'manifest.json').read_text())
         assert (run_dir / stage / f'{stage}.ipynb').exists() and manifest['seconds'] > 0 and manifest['products']
         assert all((run_dir / stage / p['path']).exists() and p['sha256'] for p in manifest['products'].values())
     text = ' '.join(p.read_text() for p in run_dir.glob('*/manifest.json'))
     assert os.uname().nodename not in text or len(os.uname().nodename) < 4
+
+
+def test_rows_of_the_table_answer_for_the_same_studies(run):
+    "Three rows, each on predicted points and on label points; what the run submits is the row of its own settings' kind."
+    table = pd.read_parquet(run[0] / '45_variants' / 'variants.parquet')
+    assert set(table.variant) == {'sagittal_gru', 'mscan', 'mscan_oof'} and set(table.points) == {'predicted', 'labels'}
+    assert not (table.part == 'train').any()
+    sizes = table.groupby(['variant', 'points']).study_id.agg(lambda s: tuple(sorted(set(s))))
+    assert all(sizes.xs(kind, level='points').nunique() == 1 for kind in ('predicted', 'labels'))
+    assert (run[0] / '50_evaluate' / 'variants.md').read_text().count('M-SCAN') or 'mscan' in (run[0] / '50_evaluate' / 'variants.md').read_text()
 
 
 def test_tables_longer_than_the_images_are_one_line(run):
