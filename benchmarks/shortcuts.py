@@ -153,7 +153,9 @@ def plant_borders(folder, views, worst, strength):
         inner = pixels[RING:-RING, RING:-RING].copy()
         pixels += int(strength * worst * np.percentile(pixels, 99))
         pixels[RING:-RING, RING:-RING] = inner
-        d.compress(RLELossless, np.clip(pixels, 0, 4095).astype(np.uint16), encoding_plugin='pylibjpeg', generate_instance_uid=False)
+        signed = bool(d.PixelRepresentation)
+        top = min(4095, 2 ** (d.BitsStored - signed) - 1)
+        d.compress(RLELossless, np.clip(pixels, 0, top).astype(np.int16 if signed else np.uint16), encoding_plugin='pylibjpeg', generate_instance_uid=False)
         d.save_as(file)
 
 

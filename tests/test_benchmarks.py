@@ -56,6 +56,27 @@ def test_links_planted_in_files_are_read_back():
         assert not ids, ids
 
 
+@pytest.mark.parametrize('signed', [False, True])
+def test_a_frame_is_planted_in_signed_pixels_too(tmp_path, monkeypatch, signed):
+    "Three studies in a thousand have signed pixels; the benchmark once stopped at the first of them."
+    from pydicom import dcmread
+    from pydicom.uid import RLELossless
+    from mscan import phantom
+    study = phantom.phantom_study(8, 0, 'small', quirks='none')
+    out = phantom.make_phantom(tmp_path / 'data', 1, 0, seed=8, size='small', workers=1, quirks='none', progress=False)
+    files = sorted((out / 'train_images' / study.study.study_id).glob('*/*.dcm'))
+    for file in files if signed else ():
+        d = dcmread(file)
+        pixels = d.pixel_array.astype('int16')
+        d.PixelRepresentation, d.BitsStored, d.HighBit = 1, 16, 15
+        d.compress(RLELossless, pixels, encoding_plugin='pylibjpeg', generate_instance_uid=False)
+        d.save_as(file)
+    before = {f: dcmread(f).pixel_array for f in files}
+    monkeypatch.setattr(shortcuts, 'datasets', lambda folder, views, view: [(f, dcmread(f)) for f in files])
+    shortcuts.plant_borders(out, None, 2, .2)
+    assert all(dcmread(f).PixelRepresentation == int(signed) and (dcmread(f).pixel_array[0] >= before[f][0]).all() and (dcmread(f).pixel_array[0] > before[f][0]).any() for f in files)
+
+
 def test_delong_by_hand():
     found = _common.delong([.8, .4, .6, .2], [True, True, False, False])      # pairs won: 1, 1, 0, 1
     assert found.value == .75 and found.low == pytest.approx(.75 - _common.Z95 * np.sqrt(.125 / 2 + .125 / 2)) and found.high == 1
