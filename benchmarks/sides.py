@@ -1,7 +1,8 @@
-"""Are foramina and recesses found, and better than by a fixed offset from the canal point? Both networks of `mscan.sides`, trained on studies of a run, asked about studies that it holds out.
+"""Are foramina and recesses found, and better than by an offset from the canal point? Both networks of `mscan.sides`, trained on studies of a run, asked about studies that it holds out.
 
-The run must have come at least as far as 20_keypoints: its tables, cache and split are read, and its canal points, nothing is written there. Points of training studies come from labels, where there are any; those of the studies that are measured from the run's U-Net.
-Every labelled side counts: one without an answer is 999 mm and 99 slices off. A recess is measured on the chosen slice of the label's own series that is nearest to the label, or where none was chosen on the first pass's nearest slice."""
+The run must have come at least as far as 20_keypoints: its tables, cache, split and found canal points are read, nothing is written there. Rivals: the fixed offset of `mscan.sides`, and the median offset of each level in the labels of the training studies.
+Every labelled side counts: one without an answer is 999 mm and 99 slices off. A recess is measured on the chosen slice of the label's own series that is nearest to the label, where none was chosen on the first pass's nearest slice.
+"Canal astray" moves the canal points of each study by one draw along patient x before they are used: does the network see, or does it know the offset? Phantom foramina all lie 16.5 mm from the canal's middle, real ones 8 to 23 mm."""
 import sys
 from functools import partial
 from pathlib import Path
@@ -25,6 +26,8 @@ from ._common import Report, one_thread, parser
 
 LOST_MM, LOST_SLICES = 999., 99
 WITHIN_ONE, FORAMEN_LIMIT_MM, RECESS_LIMIT_MM = .95, 5., 4.   # issue 5
+TITLES = {sides.FORAMEN: 'foramen', sides.RECESS: 'recess'}
+WAYS = ('network', 'offset', 'measured offset')
 SIGMA_MM = 5.                                                 # of the foramen's target Gaussian, as of the canal point's
 
 
@@ -48,8 +51,13 @@ def labelled_canal(run, study_id):
     return np.where(np.isfinite(xyz), xyz, run.found[study_id])
 
 
+def offset_of(run, ids, what: str, otherwise):
+    "(5, 3) mm: the median offset of each level in the labels of these studies, from the found canal points: those are what is used."
+    return sides.measure_offset([sides.side_points(run.points[s], what) for s in ids], [run.found[s] for s in ids], otherwise)
+
+
 def foramen_network(run, ids, args):
-    "Trained on the sagittal T1 series of these studies."
+    "Trained on the sagittal T1 series of these studies, saved, and read back: (finder, slices, seconds)."
     seed_everything(args.seed)
     prepare, studies = Preprocess(.8), []
     for s in ids:
@@ -58,12 +66,13 @@ def foramen_network(run, ids, args):
     data = sides.ForamenSet(studies, prepare, args.canvas_px, args.canvas_mm, augment=True, seed=args.seed)
     net = KeypointNet(args.encoder, width=args.width)
     history = fit(net, sides.foramen_loss(SIGMA_MM / args.canvas_mm, args.canvas_px), DataLoader(data, 8, shuffle=True, drop_last=True), epochs=args.foramen_epochs, lr=2e-3, device='cpu', seed=args.seed, label='foramina')
-    save_weights(net, args.out.with_suffix('') / 'foramina', sides.foramen_card(args.encoder, args.width, prepare, args.canvas_px, args.canvas_mm))
-    return sides.load_foramina(args.out.with_suffix('') / 'foramina'), len(data), history.table.seconds.sum()
+    path = args.out.with_suffix('') / 'foramina'
+    save_weights(net, path, sides.foramen_card(args.encoder, args.width, prepare, args.canvas_px, args.canvas_mm, offset_of(run, ids, sides.FORAMEN, sides.FORAMEN_OFFSET_MM)))
+    return sides.load_foramina(path), len(data), history.table.seconds.sum()
 
 
 def recess_network(run, ids, args):
-    "Trained on the axial slices chosen for these studies."
+    "Trained on the axial slices chosen for these studies, saved, and read back: (finder, windows, seconds)."
     seed_everything(args.seed)
     prepare, parts = Preprocess(.8), []
     for s in tqdm(ids, desc='windows', leave=False):
@@ -72,31 +81,65 @@ def recess_network(run, ids, args):
     images, offsets = (np.concatenate(a) for a in zip(*parts, strict=True))
     net = sides.RecessNet(args.window_px, 16)
     history = fit(net, sides.recess_loss, DataLoader(sides.RecessSet(images, offsets, augment=True, seed=args.seed), 32, shuffle=True, drop_last=True), epochs=args.recess_epochs, lr=2e-3, device='cpu', seed=args.seed, label='recesses')
-    save_weights(net, args.out.with_suffix('') / 'recesses', sides.recess_card(args.window_px, 16, prepare))
-    return sides.load_recesses(args.out.with_suffix('') / 'recesses'), len(images), history.table.seconds.sum()
+    path = args.out.with_suffix('') / 'recesses'
+    save_weights(net, path, sides.recess_card(args.window_px, 16, prepare, offset_of(run, ids, sides.RECESS, sides.RECESS_OFFSET_MM)))
+    return sides.load_recesses(path), len(images), history.table.seconds.sum()
 
 
 def measured(errors: pd.DataFrame, points: pd.DataFrame, what: str, study_id: str) -> pd.DataFrame:
     "A row for every labelled side of a study, with an answer or without."
     labels = points[points.condition.str.endswith(what)].drop_duplicates(['condition', 'level'])[['condition', 'level']]
-    best = errors.assign(other=~errors.same_series, later=errors.get('pass_i', 0), far=np.where(errors.same_series, errors.through_mm, errors.get('distance_mm', 0.)))
-    best = best.sort_values(['other', 'far', 'later'], kind='stable').drop_duplicates(['condition', 'level'])
+    best = errors.assign(other=~errors.same_series.astype(bool), later=errors.get('pass_i', 0), far=np.where(errors.same_series, errors.through_mm, errors.get('distance_mm', 0.)))
+    best = best.sort_values(['other', 'later', 'far'], kind='stable').drop_duplicates(['condition', 'level'])
     rows = labels.merge(best, on=['condition', 'level'], how='left').assign(study_id=study_id)
-    return rows.fillna(dict(in_plane_mm=LOST_MM, slices_off=LOST_SLICES, source='none'))
+    return rows.assign(in_plane_mm=rows.in_plane_mm.astype(float).fillna(LOST_MM), slices_off=rows.slices_off.astype(float).fillna(LOST_SLICES), source=rows.source.fillna('none'))
 
 
-def measure(run, ids, foramina, recesses) -> dict:
-    "{(what, 'network' or 'offset'): a row a labelled side}."
-    out = {(w, n): [] for w in (sides.FORAMEN, sides.RECESS) for n in ('network', 'offset')}
+def answers(study, xyz, foramina, recesses, measured_mm: dict) -> dict:
+    "{(what, way): table of found points} of a study."
+    t1, chosen = study.of('sagittal_t1')[:1], choose_slices(study.of('axial_t2'), xyz)
+    chosen, nothing = chosen[chosen.used], pd.DataFrame(columns=sides.COLUMNS)
+    foramen = [foramina, sides.offset_foramina, partial(sides.offset_foramina, offset_mm=measured_mm[sides.FORAMEN])]
+    recess = [recesses, sides.offset_recesses, partial(sides.offset_recesses, offset_mm=measured_mm[sides.RECESS])]
+    return {(sides.FORAMEN, w): f(t1[0], xyz) if t1 else nothing for w, f in zip(WAYS, foramen, strict=True)} | {(sides.RECESS, w): f(study, chosen, xyz) for w, f in zip(WAYS, recess, strict=True)}
+
+
+def measure(run, ids, foramina, recesses, measured_mm: dict, astray_mm: float=0., seed: int=0) -> dict:
+    "{(what, way): a row a labelled side}; with canal points moved along patient x by one draw a study."
+    out, rng = {}, np.random.default_rng(seed)
     for s in tqdm(ids, desc='measure', leave=False):
-        study, points, xyz = load_study(run.tables, s), run.points[s], run.found[s]
-        t1, chosen = study.of('sagittal_t1'), choose_slices(study.of('axial_t2'), xyz)
-        chosen = chosen[chosen.used]
-        add = lambda what, name, table: out[what, name].append(measured(sides.side_errors(table, points, study), points, what, s))  # noqa: B023
-        if t1:
-            add(sides.FORAMEN, 'network', foramina(t1[0], xyz)); add(sides.FORAMEN, 'offset', sides.offset_foramina(t1[0], xyz))
-        add(sides.RECESS, 'network', recesses(study, chosen, xyz)); add(sides.RECESS, 'offset', sides.offset_recesses(study, chosen, xyz))
+        study, points = load_study(run.tables, s), run.points[s]
+        xyz = run.found[s] + [rng.normal(0, astray_mm), 0, 0]
+        for key, table in answers(study, xyz, foramina, recesses, measured_mm).items():
+            out.setdefault(key, []).append(measured(sides.side_errors(table, points, study), points, key[0], s))
     return {k: pd.concat(v, ignore_index=True) for k, v in out.items()}
+
+
+def share_near(rows, off, most): return float((off[rows] <= most).mean())
+def quantile(rows, mm, q): return float(np.quantile(mm[rows], q))
+
+
+def add_figures(report, found: dict, what: str, args, title: str, limits: bool):
+    "Lines for one kind of point: each way, then the network against each rival, paired."
+    short, tables = title, {w: found[what, w] for w in WAYS}
+    study = pd.factorize(tables['network'].study_id)[0]
+    interval = partial(bootstrap_interval, study_ids=study, n=args.draws, seed=args.seed)
+    most = FORAMEN_LIMIT_MM if what == sides.FORAMEN else RECESS_LIMIT_MM
+    for way, t in tables.items():
+        mm, off, held = t.in_plane_mm.to_numpy(float), t.slices_off.to_numpy(float), limits and way == 'network'
+        if what == sides.FORAMEN:
+            one = interval(partial(share_near, off=off, most=1))
+            report.add(f'{short}, {way}: within one slice', one, f'>= {WITHIN_ONE:g}' if held else '', one.value >= WITHIN_ONE if held else None)
+            report.add(f'{short}, {way}: exact slice', interval(partial(share_near, off=off, most=0)))
+        middle = interval(partial(quantile, mm=mm, q=.5))
+        report.add(f'{short}, {way}: median in plane, mm', middle, f'<= {most:g}' if held else '', middle.value <= most if held else None)
+        report.add(f'{short}, {way}: p95 in plane, mm', interval(partial(quantile, mm=mm, q=.95)))
+    for way in WAYS[1:]:
+        gain = paired_bootstrap(*(partial(quantile, mm=tables[w].in_plane_mm.to_numpy(float), q=.5) for w in ('network', way)), study, args.draws, args.seed)
+        held = limits and way == 'offset'
+        report.add(f'{short}: median, network - {way}, mm', gain, 'interval < 0' if held else '', gain.high < 0 if held else None)
+    net = tables['network']
+    report.add(f'{short}: answered by the network', float((net.source == 'network').mean()), rows=len(net), lost=int((net.source == 'none').sum()), on_the_labels_series=float(net.same_series.fillna(False).astype(bool).mean()))
 
 
 def main(argv=None):
@@ -104,41 +147,29 @@ def main(argv=None):
     p.add_argument('--run_dir', type=Path, default=Path('runs/science'), help='run with a test part, at least as far as 20_keypoints')
     p.add_argument('--part', default='test', help='part that is measured')
     p.add_argument('--train', type=int, default=120, help='training studies; 0: all')
+    p.add_argument('--astray_mm', type=float, default=4., help='standard deviation of the move of "canal astray"; 0: without')
     p.add_argument('--foramen_epochs', type=int, default=3)
-    p.add_argument('--recess_epochs', type=int, default=12)
+    p.add_argument('--recess_epochs', type=int, default=24)
     p.add_argument('--encoder', default='resnet18')
     p.add_argument('--width', type=int, default=8, help="channels of the U-Net's last block")
-    p.add_argument('--canvas_px', type=int, default=128)
-    p.add_argument('--canvas_mm', type=float, default=2.25, help='mm a pixel of the canvas')
+    p.add_argument('--canvas_px', type=int, default=96)
+    p.add_argument('--canvas_mm', type=float, default=3., help='mm a pixel of the canvas')
     p.add_argument('--window_px', type=int, default=64)
     args = p.parse_args(argv)
     one_thread()
     run = known(args.run_dir)
-    ids = some_of(run, args.part, args.studies, args.seed)
-    own = some_of(run, 'train', args.train, args.seed)
+    ids, own = some_of(run, args.part, args.studies, args.seed), some_of(run, 'train', args.train, args.seed)
+    if not ids or not own: raise SystemExit(f'{args.run_dir} has no labelled studies in its train or {args.part} part')
     foramina, slices, seconds = foramen_network(run, own, args)
     recesses, windows, more = recess_network(run, own, args)
-    found = measure(run, ids, foramina, recesses)
-    report = Report('sides', args, f'{args.run_dir.name}, {len(ids)} studies of its {args.part} part; networks trained on {len(own)} others ({slices} sagittal T1 slices, {windows} axial windows)')
-    report.notes.append(f'trained in {seconds:.0f} and {more:.0f} s')
-    for what, short in ((sides.FORAMEN, 'foramen'), (sides.RECESS, 'recess')):
-        both = {n: found[what, n] for n in ('network', 'offset')}
-        study = pd.factorize(both['network'].study_id)[0]
-        for name, limit in (('network', True), ('offset', None)):
-            t = both[name]
-            mm, off = t.in_plane_mm.to_numpy(float), t.slices_off.to_numpy(float)
-            interval = lambda f: bootstrap_interval(f, study, args.draws, args.seed)  # noqa: B023
-            if what == sides.FORAMEN:
-                one = interval(lambda rows: float((off[rows] <= 1).mean()))  # noqa: B023
-                report.add(f'foramen, {name}: within one slice', one, f'>= {WITHIN_ONE:g}' if limit else '', one.value >= WITHIN_ONE if limit else None)
-                report.add(f'foramen, {name}: exact slice', interval(lambda rows: float((off[rows] == 0).mean())))  # noqa: B023
-            most = FORAMEN_LIMIT_MM if what == sides.FORAMEN else RECESS_LIMIT_MM
-            middle = interval(lambda rows: float(np.median(mm[rows])))  # noqa: B023
-            report.add(f'{short}, {name}: median in plane, mm', middle, f'<= {most:g}' if limit else '', middle.value <= most if limit else None)
-            report.add(f'{short}, {name}: p95 in plane, mm', interval(lambda rows: float(np.quantile(mm[rows], .95))))  # noqa: B023
-        gain = paired_bootstrap(*(partial(lambda rows, mm: float(np.median(mm[rows])), mm=both[n].in_plane_mm.to_numpy(float)) for n in ('network', 'offset')), study, args.draws, args.seed)
-        report.add(f'{short}: median, network - offset, mm', gain, 'interval < 0', gain.high < 0)
-        report.add(f'{short}: answered by the network', float((both['network'].source == 'network').mean()), lost=int((both['network'].source == 'none').sum()))
+    offsets = {w: offset_of(run, own, w, o) for w, o in ((sides.FORAMEN, sides.FORAMEN_OFFSET_MM), (sides.RECESS, sides.RECESS_OFFSET_MM))}
+    report = Report('sides', args, f'{args.run_dir.name}, {len(ids)} studies of its {args.part} part; networks trained on {len(own)} others')
+    found = measure(run, ids, foramina, recesses, offsets)
+    for what, title in TITLES.items(): add_figures(report, found, what, args, title, limits=True)
+    if args.astray_mm:
+        found = measure(run, ids, foramina, recesses, offsets, args.astray_mm, args.seed)
+        for what, title in TITLES.items(): add_figures(report, found, what, args, f'{title}, canal astray', limits=False)
+    report.notes.append(f'trained on {slices} sagittal T1 slices in {seconds:.0f} s and on {windows} axial windows in {more:.0f} s, one thread')
     return report.finish()
 
 
