@@ -24,6 +24,10 @@ def command(name, *args, ok=True):
     return done
 
 
+SMOKE = ['--preset', 'smoke', '-p', 'view_dropout', '0.1',      # smoke's U-Net has learned nothing: most of its points meet no axial slice
+         '-p', '31_encoders.features', 'in_fold,oof', '-p', '31_encoders.parts', '2', '-p', '42_grading.features', 'oof', '-p', 'variants', 'sagittal_gru,mscan,mscan_oof']
+
+
 def view_of(folder): return read_series(folder, pixels=False).view
 
 
@@ -63,8 +67,7 @@ def data(small_data, tmp_path_factory):
 @pytest.fixture(scope='module')
 def run(data, tmp_path_factory):
     run_dir = tmp_path_factory.mktemp('runs') / 'smoke'
-    return run_dir, command('mscan_run', '--data_dir', data[0], '--run_dir', run_dir, '--preset', 'smoke', '-p', 'view_dropout', '0.1', '-p', '31_encoders.features', 'in_fold,oof', '-p', '31_encoders.parts', '2',
-                            '-p', '42_grading.features', 'oof', '-p', 'variants', 'sagittal_gru,mscan,mscan_oof')  # smoke's U-Net has learned nothing: most of its points meet no axial slice
+    return run_dir, command('mscan_run', '--data_dir', data[0], '--run_dir', run_dir, *SMOKE)
 
 
 def submission_of(folder): return pd.read_csv(folder / 'submission.csv').set_index('row_id'), pd.read_csv(folder / 'provenance.csv', keep_default_na=False).set_index('row_id')
@@ -148,7 +151,7 @@ def test_predict_repeats_the_run_without_train_csv(run, data, tmp_path):
 
 def test_a_second_call_does_nothing_again(run, data):
     before = {p: p.stat().st_mtime_ns for p in run[0].glob('*/manifest.json')}
-    command('mscan_run', '--data_dir', data[0], '--run_dir', run[0], '--preset', 'smoke', '-p', 'view_dropout', '0.1')
+    command('mscan_run', '--data_dir', data[0], '--run_dir', run[0], *SMOKE)
     assert before == {p: p.stat().st_mtime_ns for p in run[0].glob('*/manifest.json')}
 
 
