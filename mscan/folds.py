@@ -270,7 +270,7 @@ def run_folds(
         except RunError: return False
     return [f for f in range(k) if not finished(f)]
 
-# %% ../nbs/62_folds.ipynb #bbf207be
+# %% ../nbs/62_folds.ipynb #bb3fd150
 EPILOG = '''
 Each fold is a run of its own in <run_dir>/fold_0, fold_1, ... (see mscan_run --help). Finished stages are skipped, so
 the same command goes on where it stopped; --only 0,2 runs these folds alone, perhaps on another machine. When all
@@ -294,7 +294,7 @@ def folds_parser():
     p.add_argument('--run_dir', required=True, type=os.path.abspath, help='folder of the folds, made if needed; not inside data_dir, not a run itself')
     p.add_argument('--folds', type=int, help='how many (default: 5, or those of --folds_csv)')
     p.add_argument('--folds_csv', default='', type=lambda path: os.path.abspath(path) if path else '', help='your own folds: study_id, fold; -1 stays out of all of them')
-    p.add_argument('--preset', default='smoke', help='smoke, demo, paper, or a YAML file of your own (default: smoke)')
+    p.add_argument('--preset', default='smoke', help='smoke, demo, science, paper, or a YAML file of your own (default: smoke)')
     p.add_argument('-p', nargs=2, action='append', default=[], metavar=('NAME', 'VALUE'), dest='settings', help='set a parameter in every stage that declares it, or as STAGE.NAME in one; may be repeated')
     p.add_argument('--only', help='comma-separated numbers of the folds to run now (default: all of them)')
     p.add_argument('--draws', type=int, default=1000, help='of the bootstrap (default: 1000)')

@@ -222,7 +222,7 @@ def run_stages(
             say(f'{stage:<20} done in {rows[-1][2]:.1f} s ({reason})' if reason else f'{stage:<20} skipped, nothing changed')
     return rows
 
-# %% ../nbs/08_runner.ipynb #5d238eae
+# %% ../nbs/08_runner.ipynb #d1635b75
 class Parser(argparse.ArgumentParser):
     "argparse that ends with exit code 1 and one sentence."
     def error(self, message): self.exit(1, f'{self.prog}: {message}; see {self.prog} --help\n')
@@ -234,7 +234,8 @@ Each leaves its executed notebook, its products and manifest.json in <run_dir>/<
 manifest matches: same code, same parameters, same inputs, products still there. Killed or failed in the middle, the
 same command goes on at that stage. The first failing cell stops the run; exit code 1.
 
-Presets: smoke proves the wiring, demo learns from the phantom on two cores, paper has the paper's numbers. A preset
+Presets: smoke proves the wiring, demo learns from the phantom on two cores, science trains every row of the paper's
+tables on 600 phantom studies, paper has the paper's numbers. A preset
 is a YAML file `stage: {name: value}`; `all:` stands for every stage that declares the name. --plan prints every
 parameter with its value and, for each stage, whether it would run and why.
 
@@ -251,7 +252,7 @@ def run_parser() -> argparse.ArgumentParser:
                epilog=EPILOG % stages, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--data_dir', required=True, type=os.path.abspath, help="the competition's folder as unpacked: CSV tables, train_images/, test_images/")
     p.add_argument('--run_dir', required=True, type=os.path.abspath, help='folder of this run, made if needed; not inside data_dir')
-    p.add_argument('--preset', default='smoke', help='smoke, demo, paper, or a YAML file of your own (default: smoke)')
+    p.add_argument('--preset', default='smoke', help='smoke, demo, science, paper, or a YAML file of your own (default: smoke)')
     p.add_argument('--stages', help='comma-separated stages to run (default: all of them)')
     p.add_argument('-p', nargs=2, action='append', default=[], metavar=('NAME', 'VALUE'), dest='settings',
                    help='set a parameter in every stage that declares it, or as STAGE.NAME in one; may be repeated')

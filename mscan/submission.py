@@ -158,7 +158,7 @@ def predict(
     write_results(rows, out, columns=MEAN_PROVENANCE if len(members) > 1 else PROVENANCE)
     return rows
 
-# %% ../nbs/60_submission.ipynb #ce645950
+# %% ../nbs/60_submission.ipynb #136b128f
 @call_parse
 def mscan_predict(
     run_dir: Param('a finished run, as mscan_run leaves it, or a folder of folds, as mscan_folds does', str, required=True)=None,
@@ -168,7 +168,7 @@ def mscan_predict(
     strict: Param('stop at the first study that cannot be graded by the model', bool)=False,
 ):
     "Grade every study of a folder's test_images with a finished run or those of all folds, and write submission.csv and provenance.csv."
-    try: rows = predict(run_dir, resolve(data_dir), resolve(out), device, strict)
+    try: rows = predict(*(Path(p).absolute() for p in (run_dir, data_dir, out)), device, strict)    # relative paths mean the caller's folder, as in the other commands
     except (ValueError, RuntimeError, OSError) as e: sentence(e)      # RunError, TableError and WeightsError are ValueErrors
     model = rows[rows['source'] == 'model']
     print(f"{rows.study_id.nunique()} studies, {len(rows)} rows, {len(model)} of them from the model ({', '.join(sorted(set(model.condition))) or 'none'}): {Path(out) / 'submission.csv'}")
