@@ -129,7 +129,7 @@ def align(
     turn = u @ v                                                                              # x -> (x - mean) @ turn + wanted
     return turn.T.astype(np.float32), (wanted - mean @ turn).astype(np.float32)
 
-# %% ../nbs/31_encoders.ipynb #c48d1ff5
+# %% ../nbs/31_encoders.ipynb #2040839d
 def encoder_card(
     backbone: str, conditions: list, size_px: int, side_mm: float, preprocessing: dict, aligned: bool=False,
 ) -> dict:
@@ -148,4 +148,5 @@ def load_encoder(
     net = SliceEncoder(a['backbone'], a['dim'], a['conditions'], aligned=a['aligned'])
     load_weights(net, path)
     net.requires_grad_(False).to(device).eval()
+    net.graded = list(dict.fromkeys(c.rpartition(': ')[0] for c in card['classes']))     # conditions, in the order of the logits
     return (net.to(memory_format=torch.channels_last) if str(device) == 'cpu' else net), card

@@ -27,7 +27,7 @@ from .metrics import (RISKS, auroc, bootstrap_draws, percentile_interval, prior_
 from .rsna import CONDITIONS, GRADES, LEVELS, PROBS, TableError, read_train
 from .runs import STAGES, RunError, plain, read_manifest
 
-# %% ../nbs/50_evaluate.ipynb #ad85feb7
+# %% ../nbs/50_evaluate.ipynb #9f6d2402
 TRAINED = ('20_keypoints', '30_crops', '31_encoders', '40_levels', '42_grading', '45_variants')  # stages that train something
 HELD_OUT = ('test', 'submission')  # parts that no training stage may see
 
@@ -51,6 +51,8 @@ def check_no_leak(
     for stage in (s for s in TRAINED if s in manifests):
         if 'studies_seen' not in manifests[stage].products: raise RunError(f'{stage} trained, but has no product studies_seen: its studies cannot be checked')
         seen = pd.read_csv(manifests[stage].path('studies_seen'), dtype=str)
+        unknown = seen.study_id[~seen.study_id.isin(part.index)]
+        if len(unknown): raise RunError(f'{stage} saw {unknown.nunique()} studies that 10_prepare does not know, the first {unknown.iloc[0]}: it belongs to another run')
         leaked = seen[seen.study_id.map(part).isin(HELD_OUT)]
         if len(leaked):
             first = leaked.iloc[0]

@@ -190,7 +190,7 @@ def grade_members(
     "Probabilities of one study, averaged over encoders (`features=oof`, `half`) and seeds."
     return np.mean([grade_features(net, e_s[0], e_a[0], mask_s, mask_a, device) for own, (e_s, e_a, mask_s, mask_a) in zip(nets, features, strict=True) for net in own], 0)
 
-# %% ../nbs/42_grading.ipynb #db9f3e59
+# %% ../nbs/42_grading.ipynb #768756a7
 def study_rows(
     study_id: str,
     series: dict,              # series_id -> Series, for instance numbers
@@ -211,7 +211,7 @@ def study_rows(
             else: why = ''
             answer = prior.loc[(condition, level), list(PROBS)].to_numpy(float) if why else p[j, models.conditions.index(condition)]
             answer = floor_probabilities(np.asarray(answer, float)[None])[0]
-            rows.append(dict(study_id=study_id, condition=condition, level=level, **dict(zip(PROBS, answer, strict=True)), **dict(zip(RISKS, p_risk(answer) if not why else answer, strict=True)),
+            rows.append(dict(study_id=study_id, condition=condition, level=level, **dict(zip(PROBS, answer, strict=True)), **dict(zip(RISKS, p_risk(answer), strict=True)),
                              source='prior' if why else 'model', slices='' if why else own_slices(series, located, crops, level, j), reason=why or notes))
     return pd.DataFrame(rows)
 

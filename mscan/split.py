@@ -55,7 +55,7 @@ def deal(
     order = np.concatenate([rng.permutation(t.index.to_numpy()) for _, t in sorted(worst.groupby(worst))])
     return pd.Series(np.arange(len(order)) % k, index=order, name='fold').reindex(worst.index)
 
-# %% ../nbs/095_split.ipynb #d593144d
+# %% ../nbs/095_split.ipynb #d6129fc9
 def split_folds(
     labels: pd.DataFrame,    # tidy labels
     validation: float=.1,    # share that checkpoints are chosen on
@@ -70,13 +70,13 @@ def split_folds(
     if own is not None:
         missing = [s for s in worst.index if s not in own.index]
         if missing: raise TableError(f'{len(missing)} labelled studies are in no fold of the folds CSV, the first {missing[0]}; give them fold -1 to hold them out')
-        group = own.reindex(worst.index)
-        folds = int(own.max()) + 1
+        group, folds = own.reindex(worst.index), int(own.max()) + 1
+        if empty := set(range(folds)) - set(group): raise TableError(f'no labelled study of this data set is in fold {min(empty)} of the folds CSV')
     elif folds:
         outside = split_studies(labels, validation, test, seed).eq('test')
         group = deal(worst[~outside], folds, seed).reindex(worst.index, fill_value=-1)
     else: group = None
-    if fold >= max(folds, 0) or (folds == 1): raise ValueError(f'there is no fold {fold} of {folds} to hold out: fold counts from 0, and folds is at least 2')
+    if fold < -1 or fold >= max(folds, 0) or folds == 1: raise ValueError(f'there is no fold {fold} of {folds} to hold out: fold counts from 0, and folds is at least 2')
     if group is None: return split_studies(labels, validation, test, seed).to_frame().assign(fold=-1)
     held = group.eq(-1) | (group.eq(fold) if fold >= 0 else False)
     inner = split_studies(labels[~labels.study_id.map(held)], validation, 0., seed + 1 + max(fold, 0))

@@ -54,7 +54,7 @@ def write_results(
     unfinished.replace(provenance)
     return submission, provenance
 
-# %% ../nbs/60_submission.ipynb #56af042f
+# %% ../nbs/60_submission.ipynb #5f4743e1
 MEAN_PROVENANCE = ('row_id', 'models', 'source', 'slices', 'reason')
 
 
@@ -70,7 +70,7 @@ def joint_reason(
 def average_runs(
     tables: list,      # predictions of runs, fold 0 first: the same rows of `mscan.grading.study_rows` in any order
 ) -> pd.DataFrame:     # the rows of the first one, and models ('4 of 5')
-    "Mean over the runs whose model answered a row, over all where none did. Raises TableError where rows differ."
+    "Mean (of p_score, and of p_risk) over the runs whose model answered a row, over all where none did. Raises TableError where rows differ."
     mean = mean_predictions(tables)                                                     # after this all have the same rows
     tables = [t.set_index(KEYS).loc[pd.MultiIndex.from_frame(mean[KEYS])] for t in tables]
     model = np.stack([t['source'] == 'model' for t in tables])                          # (K, n)

@@ -118,7 +118,7 @@ class FeatureBank:
             self.made[key] = (*study_features(crops, self.encoders[mode][j], self.device, views, self.seed + self.number[study_id]), crops.sagittal_mask, crops.axial_mask)
         return self.made[key]
 
-# %% ../nbs/45_variants.ipynb #5d1b16d7
+# %% ../nbs/45_variants.ipynb #3c74f1dc
 class EndToEnd(nn.Module):
     "Encoders and multi-view model as one network on crops."
     def __init__(self,
@@ -133,8 +133,13 @@ class EndToEnd(nn.Module):
         axial,     # (B, T, S, H, W)
         sagittal_mask=None, axial_mask=None,
     ):             # (B, T, C, G) logits
-        e = [self.encoders[v].features(x.flatten(0, -3)[:, None]).unflatten(0, x.shape[:-2]) for v, x in (('sagittal', sagittal), ('axial', axial))]
-        return self.net(*e, sagittal_mask, axial_mask)                                   # e: (B, T, D), (B, T, S, D)
+        return self.net(self.encode('sagittal', sagittal, sagittal_mask), self.encode('axial', axial, axial_mask), sagittal_mask, axial_mask)
+
+    def encode(self, view, crops, mask):
+        "Features (..., D); absent crops meet neither the encoder nor its BatchNorm, and are zeros."
+        there = torch.ones(crops.shape[:-2], dtype=torch.bool, device=crops.device) if mask is None else mask
+        found = self.encoders[view].features(crops[there][:, None])
+        return found.new_zeros(*there.shape, found.shape[-1]).masked_scatter(there[..., None], found)
 
 
 class StudyCrops(Dataset):
@@ -187,7 +192,7 @@ def train_variant(
             fits.append(SimpleNamespace(net=net.eval(), encoder=j, name=name, history=history))
     return fits
 
-# %% ../nbs/45_variants.ipynb #6b64e8f8
+# %% ../nbs/45_variants.ipynb #5303285e
 def blend(
     p: np.ndarray,  # (n, ..., G) probabilities of n models
 ) -> np.ndarray:    # (..., G)
@@ -197,25 +202,32 @@ def blend(
 
 
 @torch.no_grad()
-def encoder_answer(encoders, crops, conditions: int, device='cpu') -> np.ndarray:
-    "Answers of the slice encoders alone, (T, C, G); uniform where a level has no crop at all."
-    p = {}
+def encoder_answer(
+    encoders: dict,        # view -> SliceEncoder with `.graded`, of `load_encoder`
+    crops,                 # of `study_crops`
+    conditions=('spinal_canal_stenosis',),
+    device='cpu',
+) -> np.ndarray:           # (T, C, G)
+    "Answers of the slice encoders alone: each view votes on the conditions it grades; uniform where a level has no crop at all. Raises ValueError for a condition that no view grades."
+    if missing := [c for c in conditions if not any(c in e.graded for e in encoders.values())]: raise ValueError(f'no encoder grades {missing[0]}')
+    total, votes = 0., 0
     for view, images, mask in (('sagittal', crops.sagittal[None, :, None], crops.sagittal_mask[None, :, None]), ('axial', crops.axial, crops.axial_mask)):
-        logits = encoders[view](torch.from_numpy(images.reshape(-1, 1, *images.shape[-2:])).to(device).float() / 255)[:, :conditions].log_softmax(-1).cpu().numpy()
-        logits, w = logits.reshape(*mask.shape, conditions, -1), mask[..., None, None]
-        p[view] = (logits * w).sum((0, 2)) / np.maximum(w.sum((0, 2)), 1), w.any((0, 2))     # (T, C, G), (T, 1, 1)
-    total = sum(x * here for x, here in p.values()) / np.maximum(sum(here.astype(int) for _, here in p.values()), 1)
-    odds = np.exp(total)
+        own = [c in encoders[view].graded for c in conditions]
+        column = [encoders[view].graded.index(c) if o else 0 for c, o in zip(conditions, own, strict=True)]
+        logp = encoders[view](torch.from_numpy(images.reshape(-1, 1, *images.shape[-2:])).to(device).float() / 255).log_softmax(-1)[:, column].cpu().numpy()   # (n, C, G)
+        logp, w = logp.reshape(*mask.shape, *logp.shape[1:]), mask[..., None, None] & np.array(own)[:, None]              # (P, T, S, C, G), (P, T, S, C, 1)
+        total, votes = total + (logp * w).sum((0, 2)) / np.maximum(w.sum((0, 2)), 1), votes + w.any((0, 2))             # (T, C, G), (T, C, 1)
+    odds = np.exp(total / np.maximum(votes, 1))
     return odds / odds.sum(-1, keepdims=True)
 
-
+# %% ../nbs/45_variants.ipynb #92e99b94
 def answer(
     variant: Variant,
     fits: list,        # of `train_variant`
     bank: FeatureBank,
     study_id: str,
     kind: str='predicted',  # crops that are graded
-    conditions: int=1,
+    conditions=('spinal_canal_stenosis',),
     device='cpu',
 ) -> np.ndarray:       # (T, C, G) p_score
     "What a trained row says of one study."

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from mscan.crossattention import build_model
 from mscan.grading import StudySet, study_loss
 from mscan.training import fit, seed_everything
-from mscan.variants import VARIANTS, FeatureBank, Variant, answer, train_variant
+from mscan.variants import VARIANTS, EndToEnd, FeatureBank, Variant, answer, encoder_answer, train_variant
 
 D = 16
 
@@ -129,3 +129,53 @@ def test_options_reach_the_model_and_the_loss(bank, monkeypatch):
         fits = train_variant(Variant(v.model, v.options | dict(dim=D), v.features, v.crops, v.training), b, ids, grades, SETTINGS)
         assert fits[0].net.config.items() >= v.options.items() and seen[-1] == {k: x for k, x in v.training.items() if k != 'view_dropout'}, name
     assert any('ordinal' in s for s in seen) and any('smoothing' in s for s in seen)
+
+
+class Encoder(torch.nn.Module):
+    "A stand-in for a slice encoder: the same logits for every crop; features are the crop's mean, through a BatchNorm."
+    def __init__(self, graded, logits):
+        super().__init__()
+        self.graded, self.logits, self.norm = graded, torch.tensor(logits), torch.nn.BatchNorm1d(D)
+
+    def forward(self, image): return self.logits.expand(len(image), -1, -1)
+    def features(self, image): return self.norm(image.mean((1, 2, 3))[:, None] * torch.arange(1., D + 1))
+
+
+def crops_of(sagittal=True, axial=True):
+    from types import SimpleNamespace
+    return SimpleNamespace(sagittal=np.zeros((5, 8, 8), np.uint8), sagittal_mask=np.full(5, sagittal), axial=np.zeros((2, 5, 3, 8, 8), np.uint8), axial_mask=np.full((2, 5, 3), axial))
+
+
+def test_encoders_vote_on_the_conditions_they_grade_by_name():
+    canal, left = 'spinal_canal_stenosis', 'left_subarticular_stenosis'
+    severe, normal, moderate = [0., 0., 9.], [9., 0., 0.], [0., 9., 0.]
+    encoders = dict(sagittal=Encoder([canal], [severe]), axial=Encoder([left, canal], [normal, moderate]))
+    p = encoder_answer(encoders, crops_of(), (canal, left))
+    assert p.shape == (5, 2, 3) and np.allclose(p.sum(-1), 1)
+    assert (p[:, 1].argmax(-1) == 0).all() and np.allclose(p[:, 0, 1], p[:, 0, 2]) and (p[:, 0, 0] < .02).all()    # the canal: both views, undecided between them
+    assert (encoder_answer(encoders, crops_of(sagittal=False), (left, canal))[:, 1].argmax(-1) == 1).all()
+    assert np.allclose(encoder_answer(encoders, crops_of(axial=False), (canal, left))[:, 1], 1 / 3)
+    with pytest.raises(ValueError, match='no encoder grades'): encoder_answer(encoders, crops_of(), ('right_subarticular_stenosis',))
+
+
+def test_absent_crops_do_not_reach_an_unfrozen_encoder():
+    "In training mode BatchNorm mixes the crops of a batch: what hides behind a mask must not be among them."
+    torch.manual_seed(0)
+    net = EndToEnd(dict(sagittal=Encoder([], [[0.]]), axial=Encoder([], [[0.]])), build_model('mscan', dim=D, dropout=0.)).train()
+    sagittal, axial = torch.rand(2, 5, 8, 8), torch.rand(2, 5, 3, 8, 8)
+    mask_s, mask_a = torch.ones(2, 5, dtype=torch.bool), torch.ones(2, 5, 3, dtype=torch.bool)
+    mask_a[1] = False
+    first = net(sagittal, axial, mask_s, mask_a)
+    axial[1] = 100.
+    assert torch.equal(first, net(sagittal, axial, mask_s, mask_a))
+    assert not torch.allclose(first, net(sagittal, axial, mask_s, None))
+
+
+def test_a_late_blend_is_the_geometric_mean_of_its_two_views(bank):
+    b, ids, grades, held = bank
+    fits = train_variant(Variant('late_blend', dict(dim=D)), b, ids, grades, SETTINGS)
+    assert [f.name for f in fits] == ['sagittal_gru', 'axial_gru']
+    both = answer(Variant('late_blend'), fits, b, held[0])
+    one = np.stack([answer(Variant(f.name), [f], b, held[0]) for f in fits])
+    mean = np.sqrt(one[0] * one[1])
+    assert np.allclose(both, mean / mean.sum(-1, keepdims=True), atol=1e-6)
