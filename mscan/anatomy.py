@@ -265,12 +265,17 @@ class Anatomy:
             xyz -= .8 * np.array([du, dp * cos + ds * sin, dp * sin - ds * cos])
         return xyz
 
-# %% ../nbs/035_anatomy.ipynb #c8313f73
+# %% ../nbs/035_anatomy.ipynb #527a57e1
 def landmarks(anatomy) -> np.ndarray:  # (5 conditions, 5 levels, 3) mm, conditions in the order of rsna.CONDITIONS
     "What the competition's points mark: the middle of the sac at the disc, of the foramen, of the lateral recess at the disc."
     at, s = anatomy.at, anatomy.disc_s
     sac = [(0, (at('sac_front', d) + at('sac_back', d)) / 2 + at('slip_soft', d), d) for d in s]
-    foramen_s = [np.interp(0, anatomy.profile['foramen'][a:b], anatomy.s0 + STEP * np.arange(a, b)) for a, b in ((anatomy.row(d) - 60, anatomy.row(d) + 20) for d in s)]
-    foramina = [[(side * 16.5, 4.5, f) for f in foramen_s] for side in (1, -1)]                      # the patient's left first
+    def foramen_s(d):
+        "Where the foramen's own coordinate is 0: it rises along the spine and drops at each pedicle, so only what follows the last drop before the disc counts."
+        a, b = anatomy.row(d) - 60, anatomy.row(d) + 20
+        f, s_mm = anatomy.profile['foramen'][a:b], anatomy.s0 + STEP * np.arange(a, b)
+        start = max(np.flatnonzero(np.diff(f) < 0), default=-1) + 1
+        return np.interp(0, f[start:], s_mm[start:])
+    foramina = [[(side * 16.5, 4.5, foramen_s(d)) for d in s] for side in (1, -1)]                      # the patient's left first
     recesses = [[(side * .8 * at('canal_half', d), at('sac_front', d) + 2 + at('slip_soft', d), d) for d in s] for side in (1, -1)]
     return np.array([[anatomy.place(*point) for point in row] for row in (sac, *foramina, *recesses)])
