@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ON_SLICE_MM', 'OFF_SLICE_MM', 'PRESENT', 'NONE', 'UNASKED', 'GAP_MM', 'GAP_SD_MM', 'SHIFT_MARGIN', 'series_canvases',
-           'slice_targets', 'canal_points', 'KeypointNet', 'keypoint_loss', 'SliceSet', 'peaks', 'best_chain',
-           'heat_maps', 'find_points', 'disc', 'keypoint_card', 'load_keypoints', 'load_encoder_weights']
+           'slice_targets', 'canal_points', 'KeypointNet', 'pixel_ce', 'keypoint_loss', 'SliceSet', 'peaks',
+           'best_chain', 'heat_maps', 'find_points', 'disc', 'keypoint_card', 'load_keypoints', 'load_encoder_weights']
 
 # %% ../nbs/20_keypoints.ipynb #793f187f
 from pathlib import Path
@@ -63,7 +63,7 @@ def canal_points(
     table = points[points.condition == 'spinal_canal_stenosis'].drop_duplicates('level').set_index('level')
     return table.reindex(LEVELS)[['x_mm', 'y_mm', 'z_mm']].to_numpy(float)
 
-# %% ../nbs/20_keypoints.ipynb #22b6ba95
+# %% ../nbs/20_keypoints.ipynb #804a11af
 class KeypointNet(nn.Module):
     "U-Net whose output is, for each level, logits over all pixels and one bin for 'not on this slice'."
     def __init__(self,
@@ -85,22 +85,33 @@ class KeypointNet(nn.Module):
         none = self.none(features[-1].mean((2, 3)))                             # (B, levels)
         return torch.cat([heat.flatten(2), none[..., None]], -1)
 
+# %% ../nbs/20_keypoints.ipynb #e4253b12
+def pixel_ce(
+    out,              # (B, 5, H*W + 1) logits over pixels and none
+    points,           # (B, 5, 2) canvas pixels
+    here,             # (B, 5) share of the mass that belongs on the point, 0..1; the none bin has the rest
+    asked,            # (B, 5) 0 or 1, whether a level counts
+    sigma_px: float,  # standard deviation of the target Gaussian, canvas pixels
+    size_px: int,
+):                    # numerator, denominator
+    "Cross entropy between the softmax over pixels + none and a Gaussian."
+    log_p = out.float().log_softmax(-1)                                               # (B, 5, H*W + 1)
+    grid = torch.arange(size_px, device=log_p.device, dtype=torch.float32)
+    gauss = torch.exp(-(grid - points[..., None]) ** 2 / (2 * sigma_px ** 2))         # (B, 5, 2, size): one axis at a time
+    heat = gauss[:, :, 1, :, None] * gauss[:, :, 0, None, :]                          # (B, 5, H, W): y rows, x columns
+    heat = heat.flatten(2) / heat.sum((2, 3)).clamp_min(1e-6)[..., None]              # a distribution over pixels
+    target = torch.cat([heat * here[..., None], (1 - here)[..., None]], -1)
+    return (-(target * log_p).sum(-1) * asked).sum(), asked.sum()
+
 
 def keypoint_loss(
     sigma_px: float,  # standard deviation of the target Gaussian, canvas pixels
     size_px: int,
 ):                    # loss(model, batch) for `mscan.training.fit`
-    "Cross entropy between the softmax over pixels + none and a Gaussian (or the none bin)."
+    "`pixel_ce` of slices on which a level is present, absent or not asked."
     def loss(model, batch):
-        image, points, state = batch['image'], batch['points'], batch['state']       # (B, 1, H, W), (B, 5, 2), (B, 5)
-        log_p = model(image).float().log_softmax(-1)                                  # (B, 5, H*W + 1)
-        grid = torch.arange(size_px, device=image.device, dtype=torch.float32)
-        gauss = torch.exp(-(grid - points[..., None]) ** 2 / (2 * sigma_px ** 2))     # (B, 5, 2, size): one axis at a time
-        heat = gauss[:, :, 1, :, None] * gauss[:, :, 0, None, :]                      # (B, 5, H, W): y rows, x columns
-        heat = heat.flatten(2) / heat.sum((2, 3)).clamp_min(1e-6)[..., None]          # a distribution over pixels
-        here, asked = (state == PRESENT).float(), (state != UNASKED).float()
-        target = torch.cat([heat * here[..., None], (1 - here)[..., None]], -1)
-        return (-(target * log_p).sum(-1) * asked).sum(), asked.sum()
+        state = batch['state']                                                        # (B, 5)
+        return pixel_ce(model(batch['image']), batch['points'], (state == PRESENT).float(), (state != UNASKED).float(), sigma_px, size_px)
     return loss
 
 # %% ../nbs/20_keypoints.ipynb #5c99c954

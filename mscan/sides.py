@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['SIDES', 'FORAMEN', 'RECESS', 'SAGITTAL_COSINE', 'FORAMEN_OFFSET_MM', 'RECESS_OFFSET_MM', 'COLUMNS', 'BY_CONVENTION',
-           'SPREAD_MM', 'PRIOR_MM', 'PRIOR_SD_MM', 'REACH_MM', 'PEAK_MM', 'MIN_CONFIDENCE', 'WINDOW_MM',
-           'SAME_PLACE_GAPS', 'MAX_AWAY_MM', 'DOUBT_MM', 'lateral_mm', 'side_points', 'aside', 'measure_offset', 'row',
-           'offset_foramina', 'side_errors', 'conventional', 'reflected', 'mirror', 'foramen_targets', 'foramen_loss',
-           'ForamenSet', 'best_foramen', 'find_foramina', 'RecessNet', 'recess_loss', 'RecessSet', 'Windows',
-           'recess_windows', 'offset_recesses', 'recess_answers', 'find_recesses', 'foramen_card', 'recess_card',
-           'load_foramina', 'load_recesses']
+           'SPREAD_MM', 'PRIOR_MM', 'PRIOR_SD_MM', 'REACH_MM', 'PEAK_MM', 'MIN_CONFIDENCE', 'SAME_PLACE_GAPS',
+           'MAX_AWAY_MM', 'DOUBT_MM', 'lateral_mm', 'side_points', 'aside', 'measure_offset', 'row', 'offset_foramina',
+           'side_errors', 'conventional', 'reflected', 'mirror', 'foramen_targets', 'foramen_loss', 'ForamenSet',
+           'best_foramen', 'find_foramina', 'RecessNet', 'recess_loss', 'RecessSet', 'Windows', 'recess_windows',
+           'offset_recesses', 'recess_answers', 'find_recesses', 'foramen_card', 'recess_card', 'load_foramina',
+           'load_recesses']
 
-# %% ../nbs/22_sides.ipynb #d1d12d66
+# %% ../nbs/22_sides.ipynb #6ab3e580
 from dataclasses import replace
 
 import numpy as np
@@ -23,10 +23,11 @@ from torch.utils.data import Dataset
 from .dicom import order_slices
 from .geometry import plane_distances, plane_of
 from .images import Preprocess, apply, crop, invert, random_grey, random_warp, warp
-from .keypoints import KeypointNet, disc, heat_maps, peaks, series_canvases
+from .keypoints import KeypointNet, disc, heat_maps, peaks, pixel_ce, series_canvases
 from .projection import MAX_REACH_MM, stack_gap
 from .rsna import LEVELS
 from .training import INTENDED_USE, load_card, load_weights
+from .windows import WINDOW_MM, WindowNet
 
 # %% ../nbs/22_sides.ipynb #abc61de7
 SIDES = dict(left=1., right=-1.)  # sign of the patient's x relative to the canal
@@ -190,21 +191,13 @@ def foramen_targets(
     presence = np.exp(-.5 * (np.stack([p.distance(x) for p, x in zip(planes, xyz, strict=True)]) / SPREAD_MM) ** 2)
     return points.astype(np.float32), np.where(asked & (presence > .02), presence, 0).astype(np.float32), asked
 
-# %% ../nbs/22_sides.ipynb #47625ccd
+# %% ../nbs/22_sides.ipynb #5d1a347d
 def foramen_loss(
     sigma_px: float,  # standard deviation of the target Gaussian, canvas pixels
     size_px: int,
 ):                    # loss(model, batch) for `mscan.training.fit`
     "Cross entropy between the softmax over pixels + none and a Gaussian that holds `presence` of the mass, the none bin the rest."
-    def loss(model, batch):
-        points, presence, asked = batch['points'], batch['presence'], batch['asked'].float()   # (B, 5, 2), (B, 5), (B, 5)
-        log_p = model(batch['image']).float().log_softmax(-1)                                 # (B, 5, H*W + 1)
-        grid = torch.arange(size_px, device=log_p.device, dtype=torch.float32)
-        gauss = torch.exp(-(grid - points[..., None]) ** 2 / (2 * sigma_px ** 2))             # (B, 5, 2, size): one axis at a time
-        gauss = gauss / gauss.sum(-1, keepdim=True).clamp_min(1e-6)
-        heat = (gauss[:, :, 1, :, None] * gauss[:, :, 0, None, :]).flatten(2)                 # (B, 5, H*W): y rows, x columns
-        target = torch.cat([heat * presence[..., None], (1 - presence)[..., None]], -1)
-        return (-(target * log_p).sum(-1) * asked).sum(), asked.sum()
+    def loss(model, batch): return pixel_ce(model(batch['image']), batch['points'], batch['presence'], batch['asked'].float(), sigma_px, size_px)
     return loss
 
 # %% ../nbs/22_sides.ipynb #1a69c208
@@ -292,28 +285,22 @@ def find_foramina(
         rows.append(r)
     return pd.DataFrame(rows, columns=COLUMNS)
 
-# %% ../nbs/22_sides.ipynb #7b632a3e
-WINDOW_MM = 128.
+# %% ../nbs/22_sides.ipynb #6982375d
 SAME_PLACE_GAPS = 1.5   # a recess runs along the canal: its labelled place holds on the next slice, not two slices on
 
 
-class RecessNet(nn.Module):
+class RecessNet(WindowNet):
     "Offsets of the left and the right recess from the middle of a window, in half windows."
     def __init__(self,
         size_px: int=96,  # side of the window
         width: int=16,    # channels of the first layer
     ):
-        super().__init__()
-        channels, layers = [1, width, 2 * width, 4 * width, 4 * width, 4 * width], []
-        for a, b in zip(channels, channels[1:], strict=False): layers += [nn.Conv2d(a, b, 3, 2, 1, bias=False), nn.BatchNorm2d(b), nn.ReLU()]
-        self.encoder = nn.Sequential(*layers)
-        cells = int(np.ceil(size_px / 32)) ** 2
-        self.head = nn.Sequential(nn.Flatten(), nn.Linear(channels[-1] * cells, 64), nn.ReLU(), nn.Linear(64, 4))
+        super().__init__(size_px, width, outputs=4)
 
     def forward(self,
         window,  # (B, 1, size, size), grey 0..1, stored by convention
     ):           # (B, 2, 2): left then right, x then y, in half windows
-        return self.head(self.encoder((window - .25) / .25)).unflatten(1, (2, 2))  # (B, 4) -> (B, 2 sides, 2)
+        return super().forward(window).unflatten(1, (2, 2))                      # (B, 4) -> (B, 2 sides, 2)
 
 
 def recess_loss(model, batch):
