@@ -18,12 +18,12 @@ from mscan.dicom import Study
 from mscan.geometry import plane_distances, plane_of
 from mscan.images import Preprocess
 from mscan.keypoints import canal_points
+from mscan.mirror import conventional, mirror, rearranged, restored
 from mscan.phantom import phantom_study
 from mscan.projection import choose_slices
 from mscan.rsna import LEVELS
 from mscan.sides import FORAMEN, RECESS, SIDES
 
-ARRAYS = ('image_position', 'image_orientation', 'pixel_spacing', 'shape', 'instance_number', 'stack')
 XYZ = ['x_mm', 'y_mm', 'z_mm']
 PLAIN = Preprocess(.8, 'none')
 GREYS = (60, 100, 140, 180, 220)   # of the painted foramina, a level each
@@ -46,19 +46,7 @@ def filled(series, value):
     return replace(series, pixels=[image(i) for i in range(len(series))], normalised=True)
 
 
-def cut(series, keep): return replace(series, **{n: getattr(series, n)[keep] for n in ARRAYS}, pixels=[series.pixels[i] for i in keep])
-
-
-def restored(series, columns=True, rows=False, order=True):
-    "The same patient stored otherwise: columns or rows reversed with matching geometry, slices and instance numbers in the opposite order."
-    position, orientation, pixels = series.image_position.copy(), series.image_orientation.copy(), series.pixels
-    for k, on in enumerate((columns, rows)):
-        if not on: continue
-        position += (series.shape[:, 1 - k] - 1)[:, None] * series.pixel_spacing[:, [1 - k]] * series.image_orientation[:, 3 * k:3 * k + 3]
-        orientation[:, 3 * k:3 * k + 3] *= -1
-        pixels = [p[:, ::-1] if k == 0 else p[::-1] for p in pixels]
-    other = replace(series, image_position=position, image_orientation=orientation, pixels=pixels)
-    return replace(cut(other, np.arange(len(series))[::-1]), instance_number=series.instance_number) if order else other
+def cut(series, keep): return rearranged(series, keep)
 
 
 STORED = [dict(), dict(columns=False), dict(order=False), dict(rows=True), dict(columns=False, rows=True, order=False)]
@@ -144,8 +132,8 @@ def wave(xyz): return (128 + 60 * np.sin(xyz @ [.11, .05, .02]) + 60 * np.cos(xy
 def test_storage_by_convention_moves_no_tissue(body, how):
     for series in body[0].series:
         usual = filled(series, wave)
-        assert sides.conventional(usual) is usual                              # the phantom stores by convention
-        back = sides.conventional(restored(usual, **how))
+        assert conventional(usual) is usual                              # the phantom stores by convention
+        back = conventional(restored(usual, **how))
         assert all(np.allclose(a, b, atol=1e-3) for a, b in zip(back.pixels, filled(back, wave).pixels, strict=True))
         order = np.arange(len(usual))[::-1 if how.get('order', True) else 1]
         assert np.allclose(back.image_position, usual.image_position[order]) and np.allclose(back.image_orientation, usual.image_orientation[order])
@@ -153,14 +141,14 @@ def test_storage_by_convention_moves_no_tissue(body, how):
 
 def test_the_mirrored_patient_is_reflected_everywhere_and_sorted_as_ever(body):
     study, c = Study('1', [filled(s, wave) for s in body[0].series]), 3.7
-    there = sides.mirror(study, c)
+    there = mirror(study, c)
     for old, new in zip(study.series, there.series, strict=True):
         assert all(np.allclose(a, b, atol=1e-3) for a, b in zip(new.pixels, filled(new, lambda xyz: wave(reflect(xyz, c))).pixels, strict=True))
-        assert sides.conventional(new) is new and len(new) == len(old)
+        assert conventional(new) is new and len(new) == len(old)
         x = new.image_position[:, 0]
         if new.view.startswith('sagittal'): assert (np.diff(x) > 0).all() and all((a == b).all() for a, b in zip(new.pixels, old.pixels[::-1], strict=True))   # pictures as they were, at mirrored places
         else: assert all((a == b[:, ::-1]).all() for a, b in zip(new.pixels, old.pixels, strict=True))
-    again = sides.mirror(there, c)
+    again = mirror(there, c)
     assert all(np.allclose(a.image_position, b.image_position) and np.allclose(a.image_orientation, b.image_orientation) for a, b in zip(again.series, study.series, strict=True))
 
 
@@ -224,7 +212,7 @@ def test_foramina_do_not_depend_on_storage(body, uneven, how):
 
 def test_foramina_of_the_mirrored_patient_change_names(body, uneven):
     series, c = painted(body, uneven), 2.
-    there = sides.mirror(Study('1', [series]), c).series[0]
+    there = mirror(Study('1', [series]), c).series[0]
     here, mirrored = find(series, body[1]), find(there, reflect(body[1], c))
     assert same(exchanged(mirrored, c), here) and not same(mirrored.assign(x_mm=2 * c - mirrored.x_mm), here)
 
@@ -353,7 +341,7 @@ def test_recesses_of_the_mirrored_patient_change_names_whatever_the_network_has_
     study, c = spotted[0], 2.
     torch.manual_seed(0)
     for net in (SeesSpots(), Says((.12, -.05), (-.2, -.1)), sides.RecessNet(96, 4)):         # the last two know nothing of symmetry
-        here, there = recesses(study, body[1], net), recesses(sides.mirror(study, c), reflect(body[1], c), net)
+        here, there = recesses(study, body[1], net), recesses(mirror(study, c), reflect(body[1], c), net)
         assert same(exchanged(there, c), here, ('pass_i', 'level', 'side', 'condition'))
 
 
