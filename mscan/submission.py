@@ -136,8 +136,8 @@ def member_runs(
     if strange: raise RunError(f'{run_dir} holds fold_{strange[0]}, but its studies are in {known} folds: remove it, or name another folder')
     return [run_dir / f'fold_{f}' for f in there]
 
-# %% ../nbs/60_submission.ipynb #d0dde3be
-GRADING = ('10_prepare', '20_keypoints', '21_projection', '30_crops', '31_encoders', '40_levels', '42_grading')  # stages that grading needs
+# %% ../nbs/60_submission.ipynb #893d762e
+GRADING = ('10_prepare', '20_keypoints', '21_projection', '22_sides', '30_crops', '31_encoders', '40_levels', '42_grading')  # stages that grading needs
 
 
 def predict(
