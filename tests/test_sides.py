@@ -16,12 +16,13 @@ from mscan import foramina, recesses, sides
 from mscan.dicom import Study
 from mscan.foramina import FORAMEN, RECESS, SIDES
 from mscan.geometry import plane_distances, plane_of
-from mscan.images import Preprocess
-from mscan.keypoints import canal_points
-from mscan.mirror import conventional, mirror, rearranged, restored
+from mscan.images import Preprocess, normalise
+from mscan.keypoints import KeypointNet, canal_points, find_points
+from mscan.mirror import conventional, conventional_study, mirror, rearranged, restored
 from mscan.phantom import phantom_study
 from mscan.projection import choose_slices
 from mscan.rsna import LEVELS
+from mscan.training import save_weights
 
 XYZ = ['x_mm', 'y_mm', 'z_mm']
 PLAIN = Preprocess(.8, 'none')
@@ -415,3 +416,98 @@ def test_errors_by_hand(body):
     assert not len(foramina.side_errors(found, points.assign(level='l2_l3'), body[0]))
     rows = sides.measured(foramina.side_errors(found, points, body[0]), pd.concat([points, points.assign(level='l5_s1')]), FORAMEN, '1').set_index('level')
     assert rows.in_plane_mm['l1_l2'] == pytest.approx(5) and rows.in_plane_mm['l5_s1'] == sides.LOST_MM and rows.source['l5_s1'] == 'none'
+
+
+# the stage
+
+
+@pytest.fixture(scope='module')
+def random_sides(tmp_path_factory):
+    "Weights of two networks that have learned nothing, with offsets of their own."
+    folder = tmp_path_factory.mktemp('sides')
+    torch.manual_seed(1)
+    save_weights(KeypointNet('resnet18', width=4), folder / 'foramina', foramina.foramen_card('resnet18', 4, PLAIN, 64, 4.5, (15., -3., 4.)))
+    save_weights(recesses.RecessNet(64, 4), folder / 'recesses', recesses.recess_card(64, 4, PLAIN, (8., -2., 0.)))
+    return folder / 'foramina', folder / 'recesses'
+
+
+@pytest.fixture(scope='module', params=[(3, 'small', 'none'), (11, 'small', 'all')], ids=str)
+def pictured(request):
+    "A small phantom study with its pixels, 8 bits and stored by convention; with quirks, one that has several axial series or stacks."
+    seed, size, quirks = request.param
+    p = phantom_study(seed, 2, size, quirks=quirks)
+    return conventional_study(replace(p.study, series=[normalise(s) for s in p.study.series])), canal_points(p.truth)
+
+
+def places(table, c=None):
+    "What a table says, sorted by place; of a table about the mirrored patient, what it says about the patient."
+    if c is not None: table = exchanged(table, c)
+    keys = [k for k in ('pass_i', 'level', 'side', 'condition') if k in table]
+    t = table.assign(z=table.z_mm.round(1)).sort_values([*keys, 'z', 'x_mm'])
+    return t[[*keys, 'source', *(['used'] if 'used' in t else [])]].to_numpy().tolist(), t[[*XYZ, 'confidence']].to_numpy(float)
+
+
+@pytest.mark.parametrize('mode', ['network', 'offset'])
+def test_the_mirrored_patient_has_the_same_sides_exchanged(pictured, random_sides, mode):
+    study, canal = pictured
+    ask, c = sides.load_sides(*random_sides, mode), 3.3
+    there, mirrored = mirror(study, c), reflect(canal, c)
+    tables = [(ask.foramina(study, canal), ask.foramina(there, mirrored)), tuple(ask.recesses(s, choose_slices(s.of('axial_t2'), xyz), xyz) for s, xyz in ((study, canal), (there, mirrored)))]
+    for here, other in tables:
+        (what, where), (what_there, where_there) = places(here), places(other, c)
+        assert len(here) and what == what_there and np.abs(where - where_there).max() < 1e-3
+    assert list(tables[0][0]) == foramina.COLUMNS and list(tables[1][0]) == sides.RECESS_COLUMNS and tables[1][0].used.any()
+
+
+def test_the_whole_of_stage_one_mirrors(pictured, random_sides):
+    "From pixels: the canal points of a network that has learned nothing, the slices chosen by them, both sides."
+    study, c = pictured[0], 3.3
+    torch.manual_seed(2)
+    net, found = KeypointNet('resnet18', width=4).eval(), []
+    for s in (study, mirror(study, c)):
+        points = find_points(net, s.of('sagittal_t2')[0], PLAIN, 64, 4.5)
+        xyz = points[XYZ].to_numpy(float)
+        found.append((xyz, choose_slices(s.of('axial_t2'), xyz), sides.load_sides(*random_sides), s))
+    assert np.abs(reflect(found[1][0], c) - found[0][0]).max() < 1e-3
+    (here, there) = ((ask.foramina(s, xyz), ask.recesses(s, chosen, xyz)) for xyz, chosen, ask, s in found)
+    for a, b in zip(here, there, strict=True):
+        (what, where), (what_there, where_there) = places(a), places(b, c)
+        assert what == what_there and np.allclose(where, where_there, atol=2e-3)
+
+
+def test_without_t1_the_offset_looks_on_t2_and_says_so(body, random_sides):
+    study, canal = Study('1', [filled(s, lambda xyz: np.zeros(xyz.shape[:2], np.uint8)) for s in body[0].series]), body[1]
+    ask = sides.load_sides(*random_sides)
+    t1, t2, axial = (study.of(v)[0] for v in ('sagittal_t1', 'sagittal_t2', 'axial_t2'))
+    for series in ([t2, axial], [replace(axial, view='sagittal_t1', series_id='wrong'), t2]):                    # absent; called T1 but axial
+        table = ask.foramina(Study('1', series), canal)
+        assert (table.source == 'other contrast').all() and np.allclose(table[XYZ], foramina.offset_foramina(t2, canal, (15., -3., 4.))[XYZ]) and len(table) == 10
+    assert set(ask.foramina(Study('1', [t1, t2]), canal).source) <= {'network', 'offset'}
+    assert not len(ask.foramina(Study('1', [axial]), canal)) and not len(ask.recesses(Study('1', [t1]), choose_slices([], canal), canal))
+
+
+def test_the_mode_says_who_answers(body, random_sides):
+    study, canal = Study('1', [filled(s, lambda xyz: np.zeros(xyz.shape[:2], np.uint8)) for s in body[0].series]), body[1]
+    chosen = choose_slices(study.of('axial_t2'), canal)
+    none = sides.load_sides('', '', 'none')
+    assert not len(none.foramina(study, canal)) and list(none.foramina(study, canal)) == foramina.COLUMNS and list(none.recesses(study, chosen, canal)) == sides.RECESS_COLUMNS
+    free = sides.load_sides(*random_sides, 'offset')
+    assert (free.foramina(study, canal).source == 'offset').all() and np.allclose(free.recesses(study, chosen, canal)[XYZ], recesses.offset_recesses(study, chosen, canal, (8., -2., 0.))[XYZ])
+    assert len(free.recesses(study, chosen.assign(study_id='1'), canal)) == 2 * len(chosen)
+    with pytest.raises(ValueError, match="'network', 'offset', 'none', not 'both'"): sides.load_sides(*random_sides, 'both')
+
+
+def test_labelled_canal_points_come_before_found_ones(body):
+    labels = pd.DataFrame([dict(condition='spinal_canal_stenosis', level=l, **dict(zip(XYZ, x, strict=True))) for l, x in zip(LEVELS[:3], body[1][:3], strict=True)])
+    xyz = sides.labelled_canal(labels, body[1] + 5)
+    assert np.allclose(xyz[:3], body[1][:3]) and np.allclose(xyz[3:], body[1][3:] + 5) and np.isnan(sides.labelled_canal(labels)[3:]).all()
+    points = {'1': pd.DataFrame([dict(condition=f'left_{RECESS}', level='l1_l2', **dict(zip(XYZ, body[1][0] + [7, -1, 0], strict=True)))])}
+    found = sides.measured_offset(points, {'1': body[1] + [1, 0, 0]}, ['1', 'unknown'], RECESS)
+    assert np.allclose(found[0], (6, -1, 0)) and np.allclose(found[1:], recesses.RECESS_OFFSET_MM)                # from the found point; no label, the fixed one
+    assert np.allclose(sides.measured_offset({}, {}, [], FORAMEN), foramina.FORAMEN_OFFSET_MM)
+
+
+def test_nothing_to_train_on_is_said():
+    with pytest.raises(ValueError, match='-p sides offset'): sides.train_foramina([], [], PLAIN, 64, 4.5)
+    nothing = (np.zeros((0, 64, 64), np.uint8), np.zeros((0, 2, 2)))
+    with pytest.raises(ValueError, match='-p sides offset'): sides.train_recesses(nothing, nothing, 64)
