@@ -10,25 +10,22 @@ from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from mscan import sides
+from mscan.foramina import FORAMEN, RECESS, foramen_card, side_errors
 from mscan.images import Preprocess
-from mscan.keypoints import KeypointNet, canal_points
 from mscan.metrics import bootstrap_interval, paired_bootstrap
 from mscan.prepare import load_study, load_tables
 from mscan.projection import choose_slices
+from mscan.recesses import recess_card
 from mscan.rsna import LEVELS
-from mscan.training import fit, save_weights, seed_everything
+from mscan.training import save_weights
 
 from ._common import Report, one_thread, parser
 
-LOST_MM, LOST_SLICES = 999., 99
 WITHIN_ONE, FORAMEN_LIMIT_MM, RECESS_LIMIT_MM = .95, 5., 4.   # issue 5
-TITLES = {sides.FORAMEN: 'foramen', sides.RECESS: 'recess'}
-WAYS = ('network', 'offset', 'measured offset')
-SIGMA_MM = 3.                                                 # of the foramen's target Gaussian: 2.2 mm median on validation studies, with the canal point's 5 mm 2.4
+TITLES = {FORAMEN: 'foramen', RECESS: 'recess'}
 
 
 def known(run_dir: Path) -> SimpleNamespace:
@@ -45,73 +42,27 @@ def some_of(run, part: str, count: int, seed: int) -> list:
     return sorted(np.random.default_rng(seed).permutation(ids)[:count or None].tolist())
 
 
-def labelled_canal(run, study_id):
-    "(5, 3) mm: the labelled canal points, the found ones where there is no label."
-    xyz = canal_points(run.points[study_id])
-    return np.where(np.isfinite(xyz), xyz, run.found[study_id])
+def trained(run, ids, args) -> tuple:
+    "Both networks, trained on these studies by the functions of 22_sides, saved, and read back: (mscan.sides.Sides, what was trained)."
+    prepare, folder = Preprocess(.8), args.out.with_suffix('')
+    offset = lambda what: sides.measured_offset(run.points, run.found, ids, what)
+    net, history, slices = sides.train_foramina(sides.foramen_cases(run.tables, run.points, run.found, ids), [], prepare, args.canvas_px, args.canvas_mm, args.encoder, args.width, epochs=args.foramen_epochs, seed=args.seed)
+    save_weights(net, folder / 'foramina', foramen_card(args.encoder, args.width, prepare, args.canvas_px, args.canvas_mm, offset(FORAMEN)))
+    seconds = history.table.seconds.sum()
+    net, history, windows = sides.train_recesses(sides.recess_cases(run.tables, run.points, run.found, ids, prepare, args.window_px), sides.recess_cases(run.tables, {}, {}, [], prepare, args.window_px), args.window_px, 16, args.recess_epochs, seed=args.seed)
+    save_weights(net, folder / 'recesses', recess_card(args.window_px, 16, prepare, offset(RECESS)))
+    note = f'trained on {slices} sagittal T1 slices in {seconds:.0f} s and on {windows} axial windows in {history.table.seconds.sum():.0f} s, one thread'
+    return sides.load_sides(folder / 'foramina', folder / 'recesses'), note
 
 
-def offset_of(run, ids, what: str, otherwise):
-    "(5, 3) mm: the median offset of each level in the labels of these studies, from the found canal points: those are what is used."
-    return sides.measure_offset([sides.side_points(run.points[s], what) for s in ids], [run.found[s] for s in ids], otherwise)
-
-
-def foramen_network(run, ids, args):
-    "Trained on the sagittal T1 series of these studies, saved, and read back: (finder, slices, seconds)."
-    seed_everything(args.seed)
-    prepare, studies = Preprocess(.8), []
-    for s in ids:
-        points, t1 = run.points[s], load_study(run.tables, s).of('sagittal_t1')
-        if t1: studies.append((t1[0], sides.side_points(points[points.series_id == t1[0].series_id], sides.FORAMEN), labelled_canal(run, s)))
-    data = sides.ForamenSet(studies, prepare, args.canvas_px, args.canvas_mm, augment=True, seed=args.seed)
-    net = KeypointNet(args.encoder, width=args.width)
-    history = fit(net, sides.foramen_loss(SIGMA_MM / args.canvas_mm, args.canvas_px), DataLoader(data, 8, shuffle=True, drop_last=True), epochs=args.foramen_epochs, lr=2e-3, device='cpu', seed=args.seed, label='foramina')
-    path = args.out.with_suffix('') / 'foramina'
-    save_weights(net, path, sides.foramen_card(args.encoder, args.width, prepare, args.canvas_px, args.canvas_mm, offset_of(run, ids, sides.FORAMEN, sides.FORAMEN_OFFSET_MM)))
-    return sides.load_foramina(path), len(data), history.table.seconds.sum()
-
-
-def recess_network(run, ids, args):
-    "Trained on the axial slices chosen for these studies, saved, and read back: (finder, windows, seconds)."
-    seed_everything(args.seed)
-    prepare, parts = Preprocess(.8), []
-    for s in tqdm(ids, desc='windows', leave=False):
-        study, xyz = load_study(run.tables, s), labelled_canal(run, s)
-        parts.append(sides.recess_windows(study, run.points[s], choose_slices(study.of('axial_t2'), xyz), xyz, sides.Windows(study, prepare, args.window_px)))
-    images, offsets = (np.concatenate(a) for a in zip(*parts, strict=True))
-    net = sides.RecessNet(args.window_px, 16)
-    history = fit(net, sides.recess_loss, DataLoader(sides.RecessSet(images, offsets, augment=True, seed=args.seed), 32, shuffle=True, drop_last=True), epochs=args.recess_epochs, lr=2e-3, device='cpu', seed=args.seed, label='recesses')
-    path = args.out.with_suffix('') / 'recesses'
-    save_weights(net, path, sides.recess_card(args.window_px, 16, prepare, offset_of(run, ids, sides.RECESS, sides.RECESS_OFFSET_MM)))
-    return sides.load_recesses(path), len(images), history.table.seconds.sum()
-
-
-def measured(errors: pd.DataFrame, points: pd.DataFrame, what: str, study_id: str) -> pd.DataFrame:
-    "A row for every labelled side of a study, with an answer or without."
-    labels = points[points.condition.str.endswith(what)].drop_duplicates(['condition', 'level'])[['condition', 'level']]
-    best = errors.assign(other=~errors.same_series.astype(bool), later=errors.get('pass_i', 0), far=np.where(errors.same_series, errors.through_mm, errors.get('distance_mm', 0.)))
-    best = best.sort_values(['other', 'later', 'far'], kind='stable').drop_duplicates(['condition', 'level'])
-    rows = labels.merge(best, on=['condition', 'level'], how='left').assign(study_id=study_id)
-    return rows.assign(in_plane_mm=rows.in_plane_mm.astype(float).fillna(LOST_MM), slices_off=rows.slices_off.astype(float).fillna(LOST_SLICES), source=rows.source.fillna('none'))
-
-
-def answers(study, xyz, foramina, recesses, measured_mm: dict) -> dict:
-    "{(what, way): table of found points} of a study."
-    t1, chosen = study.of('sagittal_t1')[:1], choose_slices(study.of('axial_t2'), xyz)
-    chosen, nothing = chosen[chosen.used], pd.DataFrame(columns=sides.COLUMNS)
-    foramen = [foramina, sides.offset_foramina, partial(sides.offset_foramina, offset_mm=measured_mm[sides.FORAMEN])]
-    recess = [recesses, sides.offset_recesses, partial(sides.offset_recesses, offset_mm=measured_mm[sides.RECESS])]
-    return {(sides.FORAMEN, w): f(t1[0], xyz) if t1 else nothing for w, f in zip(WAYS, foramen, strict=True)} | {(sides.RECESS, w): f(study, chosen, xyz) for w, f in zip(WAYS, recess, strict=True)}
-
-
-def measure(run, ids, foramina, recesses, measured_mm: dict, astray_mm: float=0., seed: int=0) -> dict:
+def measure(run, ids, ask, astray_mm: float=0., seed: int=0) -> dict:
     "{(what, way): a row a labelled side}; with canal points moved along patient x by one draw a study."
     out, rng = {}, np.random.default_rng(seed)
     for s in tqdm(ids, desc='measure', leave=False):
         study, points = load_study(run.tables, s), run.points[s]
         xyz = run.found[s] + [rng.normal(0, astray_mm), 0, 0]
-        for key, table in answers(study, xyz, foramina, recesses, measured_mm).items():
-            out.setdefault(key, []).append(measured(sides.side_errors(table, points, study), points, key[0], s))
+        for key, table in sides.answers(ask, study, choose_slices(study.of('axial_t2'), xyz), xyz).items():
+            out.setdefault(key, []).append(sides.measured(side_errors(table, points, study), points, key[0], s))
     return {k: pd.concat(v, ignore_index=True) for k, v in out.items()}
 
 
@@ -121,20 +72,20 @@ def quantile(rows, mm, q): return float(np.quantile(mm[rows], q))
 
 def add_figures(report, found: dict, what: str, args, title: str, limits: bool):
     "Lines for one kind of point: each way, then the network against each rival, paired."
-    short, tables = title, {w: found[what, w] for w in WAYS}
+    short, tables = title, {w: found[what, w] for w in sides.WAYS}
     study = pd.factorize(tables['network'].study_id)[0]
     interval = partial(bootstrap_interval, study_ids=study, n=args.draws, seed=args.seed)
-    most = FORAMEN_LIMIT_MM if what == sides.FORAMEN else RECESS_LIMIT_MM
+    most = FORAMEN_LIMIT_MM if what == FORAMEN else RECESS_LIMIT_MM
     for way, t in tables.items():
         mm, off, held = t.in_plane_mm.to_numpy(float), t.slices_off.to_numpy(float), limits and way == 'network'
-        if what == sides.FORAMEN:
+        if what == FORAMEN:
             one = interval(partial(share_near, off=off, most=1))
             report.add(f'{short}, {way}: within one slice', one, f'>= {WITHIN_ONE:g}' if held else '', one.value >= WITHIN_ONE if held else None)
             report.add(f'{short}, {way}: exact slice', interval(partial(share_near, off=off, most=0)))
         middle = interval(partial(quantile, mm=mm, q=.5))
         report.add(f'{short}, {way}: median in plane, mm', middle, f'<= {most:g}' if held else '', middle.value <= most if held else None)
         report.add(f'{short}, {way}: p95 in plane, mm', interval(partial(quantile, mm=mm, q=.95)))
-    for way in WAYS[1:]:
+    for way in sides.sides.WAYS[1:]:
         gain = paired_bootstrap(*(partial(quantile, mm=tables[w].in_plane_mm.to_numpy(float), q=.5) for w in ('network', way)), study, args.draws, args.seed)
         held = limits and way == 'offset'
         report.add(f'{short}: median, network - {way}, mm', gain, 'interval < 0' if held else '', gain.high < 0 if held else None)
@@ -160,16 +111,14 @@ def main(argv=None):
     run = known(args.run_dir)
     ids, own = some_of(run, args.part, args.studies, args.seed), some_of(run, 'train', args.train, args.seed)
     if not ids or not own: raise SystemExit(f'{args.run_dir} has no labelled studies in its train or {args.part} part')
-    foramina, slices, seconds = foramen_network(run, own, args)
-    recesses, windows, more = recess_network(run, own, args)
-    offsets = {w: offset_of(run, own, w, o) for w, o in ((sides.FORAMEN, sides.FORAMEN_OFFSET_MM), (sides.RECESS, sides.RECESS_OFFSET_MM))}
+    ask, note = trained(run, own, args)
     report = Report('sides', args, f'{args.run_dir.name}, {len(ids)} studies of its {args.part} part; networks trained on {len(own)} others')
-    found = measure(run, ids, foramina, recesses, offsets)
+    found = measure(run, ids, ask)
     for what, title in TITLES.items(): add_figures(report, found, what, args, title, limits=True)
     if args.astray_mm:
-        found = measure(run, ids, foramina, recesses, offsets, args.astray_mm, args.seed)
+        found = measure(run, ids, ask, args.astray_mm, args.seed)
         for what, title in TITLES.items(): add_figures(report, found, what, args, f'{title}, canal astray', limits=False)
-    report.notes.append(f'trained on {slices} sagittal T1 slices in {seconds:.0f} s and on {windows} axial windows in {more:.0f} s, one thread')
+    report.notes.append(note)
     return report.finish()
 
 

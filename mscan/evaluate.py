@@ -27,8 +27,8 @@ from .metrics import (RISKS, auroc, bootstrap_draws, percentile_interval, prior_
 from .rsna import CONDITIONS, GRADES, LEVELS, PROBS, TableError, read_train
 from .runs import STAGES, RunError, plain, read_manifest
 
-# %% ../nbs/50_evaluate.ipynb #9f6d2402
-TRAINED = ('20_keypoints', '30_crops', '31_encoders', '40_levels', '42_grading', '45_variants')  # stages that train something
+# %% ../nbs/50_evaluate.ipynb #f8ece376
+TRAINED = ('20_keypoints', '22_sides', '30_crops', '31_encoders', '40_levels', '42_grading', '45_variants')  # stages that train something
 HELD_OUT = ('test', 'submission')  # parts that no training stage may see
 
 

@@ -201,7 +201,7 @@ def heat_maps(
     p = net.eval()(x).float().softmax(-1).cpu().numpy()
     return p[..., :-1].reshape(*p.shape[:2], *images.shape[1:]), p[..., -1]
 
-# %% ../nbs/20_keypoints.ipynb #4a52f683
+# %% ../nbs/20_keypoints.ipynb #1c107d8b
 def find_points(
     net: KeypointNet,
     series,               # normalised sagittal T2 series
@@ -212,9 +212,10 @@ def find_points(
 ) -> pd.DataFrame:        # five rows: level, slice_i, x_px, y_px, x_mm, y_mm, z_mm, confidence, flag
     "The five canal points of a series, decoded together."
     images, matrices, scales = series_canvases(series, prepare, size_px, mm_per_px)
-    shapes, counts = np.unique(np.c_[series.shape, series.stack], axis=0, return_counts=True)
-    same = (np.c_[series.shape, series.stack] == shapes[counts.argmax()]).all(1)                 # maps are added up over slices of one geometry
-    heat, _ = heat_maps(net, images, device)
+    shapes = np.unique(np.c_[series.shape, series.stack], axis=0)
+    heat, none = heat_maps(net, images, device)
+    groups = [(np.c_[series.shape, series.stack] == s).all(1) for s in shapes]                   # maps are added up over slices of one geometry
+    same = max(groups, key=lambda g: (g.sum(), -none[g].mean()))                                 # of groups of one size the surer, not the first
     heat, mm = heat * same[:, None, None, None], float(scales[same][0])
     together, radius = heat.sum(0), max(1, round(10 / mm))
     found = [peaks(h, 4, radius) for h in together]
@@ -230,7 +231,8 @@ def find_points(
         plane = plane_of(series, best)
         offset = np.array([plane.distance(p) for p in series.image_position])                    # (n,) mm of each slice from the best one
         xyz = plane.to_patient(apply(invert(matrices[best]), point)) + (near @ offset / near.sum()) * plane.normal
-        i = int(np.abs(offset - near @ offset / near.sum()).argmin())
+        away = np.abs(offset - near @ offset / near.sum())
+        i = int(np.lexsort((-near, away.round(3)))[0])                                           # of two slices as near the surer
         native = plane_of(series, i).to_pixel(xyz)
         rows.append(dict(level=level, slice_i=i, x_px=native[0], y_px=native[1], **dict(zip(('x_mm', 'y_mm', 'z_mm'), xyz, strict=True)), confidence=float(near[best])))
     table = pd.DataFrame(rows)

@@ -128,17 +128,18 @@ def predict_levels(
     absent = p < conf
     return np.where(absent, 0., p), np.where(absent[..., None], np.nan, boxes)
 
-# %% ../nbs/40_levels.ipynb #b3d691de
+# %% ../nbs/40_levels.ipynb #e304bcb0
 def pick_slices(
     p: np.ndarray,      # (n, 5)
     boxes: np.ndarray,  # (n, 5, 3) x_px, y_px, width_mm
     tie: float=0.,      # probabilities down to (1 - tie) of the largest count as equal to it; 0 is the paper's rule
 ) -> pd.DataFrame:      # a row a level that has a box: level, slice_i, x_px, y_px, width_mm, confidence
-    "For each level the slice of the largest probability, of equal ones the middle one, and its box; a level without any box has no row."
+    "For each level the slice of the largest probability, of equal ones the middle one (of two middle ones the surer), and its box; a level without any box has no row."
     equal = np.where(p >= (1 - tie) * p.max(0), p, 0.)                         # (n, 5)
     middle = (equal * np.arange(len(p))[:, None]).sum(0) / np.maximum(equal.sum(0), 1e-12)
     away = np.where(equal > 0, np.abs(np.arange(len(p))[:, None] - middle), np.inf)
-    best = p.argmax(0) if tie == 0 else away.argmin(0)                         # (5,) i_j
+    surer = [np.lexsort((-p[:, j], away[:, j].round(6)))[0] for j in range(p.shape[1])]   # of two as near to the middle, which may be counted from either end
+    best = p.argmax(0) if tie == 0 else surer                                  # (5,) i_j
     rows = [dict(zip(('level', 'slice_i', 'x_px', 'y_px', 'width_mm', 'confidence'), (level, int(i), *boxes[i, j], p[i, j]), strict=True))
             for j, (level, i) in enumerate(zip(LEVELS, best, strict=True)) if p[i, j] > 0]
     return pd.DataFrame(rows, columns=['level', 'slice_i', 'x_px', 'y_px', 'width_mm', 'confidence']).astype(dict(slice_i=int))

@@ -7,7 +7,7 @@ __all__ = ['GEOMETRY', 'STEP_MM', 'SIDE_MM', 'read_tables', 'series_report', 'st
            'cache_study', 'load_study', 'locate_points', 'clean_canal_points', 'clean_sides', 'clean_points', 'prepare',
            'load_tables', 'sentence', 'quality_lines', 'mscan_check']
 
-# %% ../nbs/10_prepare.ipynb #2d7ffccc
+# %% ../nbs/10_prepare.ipynb #8a3cb439
 import json
 import sys
 from pathlib import Path
@@ -20,6 +20,7 @@ from fastcore.script import Param, call_parse
 from .dicom import Series, Study, read_study
 from .images import normalise
 from .metrics import prior_table
+from .mirror import conventional, stored_reversed
 from .rsna import LEVELS, TableError, discover_studies, read_coordinates, read_descriptions, read_train
 from .split import read_folds, split_folds
 from .workers import pooled
@@ -98,13 +99,14 @@ def check_data(
 
 def _report_job(job): return study_report(read_study(*job))
 
-# %% ../nbs/10_prepare.ipynb #4fd326b3
+# %% ../nbs/10_prepare.ipynb #c6667ec7
 GEOMETRY = ('ipp_x', 'ipp_y', 'ipp_z', 'row_x', 'row_y', 'row_z', 'col_x', 'col_y', 'col_z', 'row_mm', 'column_mm')
 
 
 def slice_rows(
     series: Series,
     offset: int,     # place of the series' first pixel in the study's cache file
+    turned=False,    # (n, 2) bool: columns, rows of the file were reversed, see `mscan.mirror.stored_reversed`
 ) -> pd.DataFrame:   # one row a slice
     "The rows of the `slices` table for one series."
     sizes = series.shape.prod(1)
@@ -112,19 +114,20 @@ def slice_rows(
                               instance_number=series.instance_number, file=series.files, rows=series.shape[:, 0], columns=series.shape[:, 1],
                               offset=offset + np.concatenate([[0], np.cumsum(sizes)[:-1]])))
     table[list(GEOMETRY)] = np.hstack([series.image_position, series.image_orientation, series.pixel_spacing])
+    table[['x_reversed', 'y_reversed']] = np.broadcast_to(turned, (len(series), 2))
     return table
 
 
 def cache_study(
     job,  # data_dir, split, study_id, descriptions, cache folder, low and high percentile
 ):        # rows of `slices`, report
-    "Read one study, bring it to 8 bits, write its pixels, and hand back its rows and its report."
+    "Read one study, bring it to 8 bits and to conventional storage, write its pixels, and hand back its rows and its report."
     data_dir, split, study_id, descriptions, cache, low, high = job
     study = read_study(data_dir, split, study_id, descriptions)
     report, rows, pixels, offset = study_report(study), [], [], 0
     for series in study.series:
-        series = normalise(series, low, high)
-        rows.append(slice_rows(series, offset))
+        turned, series = stored_reversed(series), conventional(normalise(series, low, high))
+        rows.append(slice_rows(series, offset, turned))
         pixels += [p.ravel() for p in series.pixels]
         offset += int(series.shape.prod(1).sum())
     np.save(Path(cache) / f'{study_id}.npy', np.concatenate(pixels) if pixels else np.zeros(0, np.uint8))
@@ -148,7 +151,7 @@ def load_study(
                                    t.instance_number.to_numpy(), t['stack'].to_numpy(), t.file.tolist(), normalised=True))
     return study
 
-# %% ../nbs/10_prepare.ipynb #1e659f2a
+# %% ../nbs/10_prepare.ipynb #d3477485
 def locate_points(
     points: pd.DataFrame,  # of `rsna.read_coordinates`
     slices: pd.DataFrame,  # the `slices` table
@@ -158,6 +161,8 @@ def locate_points(
     merged = points.merge(slices.drop_duplicates(keys), on=keys, how='left', validate='many_to_one')
     absent = int(merged.slice_i.isna().sum())
     merged = merged.dropna(subset='slice_i').rename(columns=dict(x='x_px', y='y_px')).reset_index(drop=True)
+    for xy, reversed_, count in (('x_px', 'x_reversed', 'columns'), ('y_px', 'y_reversed', 'rows')):
+        merged[xy] = np.where(merged[reversed_].astype(bool), merged[count] - 1 - merged[xy], merged[xy])
     g = merged[list(GEOMETRY)].to_numpy(float)
     merged[['x_mm', 'y_mm', 'z_mm']] = (g[:, :3] + merged[['x_px']].to_numpy() * g[:, 10:11] * g[:, 3:6]
                                         + merged[['y_px']].to_numpy() * g[:, 9:10] * g[:, 6:9])

@@ -29,7 +29,7 @@ def slice_distances(
     else: raise ValueError(f"rule must be one of {', '.join(RULES)}, got {rule!r}")
     return np.abs(z[:, None] - np.asarray(xyz_mm)[None, :, 2])
 
-# %% ../nbs/21_projection.ipynb #18f4be98
+# %% ../nbs/21_projection.ipynb #8d2dce1c
 MAX_REACH_MM = 8.        # a slice farther from the point than this shows another place
 REACH_GAPS = 1.5         # ... or farther than this many slice gaps
 LONE_GAP_MM = 4.         # gap assumed for a stack of one slice; a typical axial spacing
@@ -72,11 +72,11 @@ def rank_stacks(
                 nearest = members[d.argmin()]
                 if d.min() > reach or not contains(plane_of(series, nearest), xyz_mm[j]): continue
                 tilt = np.arccos(min(1., abs(plane.normal @ direction[j])))
-                key = (0. if d.min() <= gap / 2 + .5 else d.min(), tilt)          # covered first, then the smaller tilt
+                key = (0. if d.min() <= gap / 2 + .5 else round(d.min(), 3), round(tilt, 4))   # covered first, then the smaller tilt; digits that storage leaves alone
                 ranked[j].append(dict(key=key, series=series, stack=int(k), members=members, distance=d, reach=reach))
     return [sorted(r, key=lambda s: s['key']) for r in ranked]
 
-# %% ../nbs/21_projection.ipynb #987e5647
+# %% ../nbs/21_projection.ipynb #600a0516
 SLICES, MAX_PASSES = 3, 3
 
 
@@ -93,7 +93,7 @@ def choose_slices(
         for level, stacks in zip(LEVELS, ranked, strict=True):
             if not stacks: continue
             s = stacks[pass_i] if pass_i < len(stacks) else stacks[0]
-            near = np.argsort(s['distance'], kind='stable')[:SLICES]
+            near = np.argsort(s['distance'].round(6), kind='stable')[:SLICES]
             used = near[s['distance'][near] <= s['reach']]
             chosen = np.concatenate([np.sort(used), np.full(SLICES - len(used), near[0])])       # members are sorted head to foot
             for rank, m in enumerate(chosen):

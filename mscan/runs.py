@@ -17,8 +17,8 @@ from pathlib import Path
 
 import mscan
 
-# %% ../nbs/07_runs.ipynb #6f76e8de
-STAGES = ('10_prepare', '20_keypoints', '21_projection', '30_crops', '31_encoders', '40_levels', '42_grading',
+# %% ../nbs/07_runs.ipynb #a33a36da
+STAGES = ('10_prepare', '20_keypoints', '21_projection', '22_sides', '30_crops', '31_encoders', '40_levels', '42_grading',
           '45_variants', '50_evaluate', '60_submission')  # in this order; 41_crossattention holds networks and has no run
 MANIFEST, UNFINISHED = 'manifest.json', 'manifest.unfinished.json'
 

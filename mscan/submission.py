@@ -6,7 +6,7 @@
 __all__ = ['PROVENANCE', 'MEAN_PROVENANCE', 'GRADING', 'write_results', 'joint_reason', 'average_runs', 'read_normalised',
            'predict_study', 'predict_members', 'member_runs', 'predict', 'mscan_predict']
 
-# %% ../nbs/60_submission.ipynb #a9c39df4
+# %% ../nbs/60_submission.ipynb #49627d65
 import re
 import sys
 import traceback
@@ -25,6 +25,7 @@ from .dicom import read_study
 from .grading import grade_study, load_models, study_rows
 from .images import normalise
 from .metrics import RISKS
+from .mirror import conventional
 from .prepare import read_tables, sentence
 from .rsna import PROBS, TableError, row_ids, write_submission
 from .runs import RunError, read_manifest, resolve
@@ -82,14 +83,14 @@ def average_runs(
     mean['reason'] = [joint_reason(why) for why in zip(*(t.reason for t in tables), strict=True)]
     return mean.assign(models=[f'{n} of {len(tables)}' for n in model.sum(0)])
 
-# %% ../nbs/60_submission.ipynb #6b845852
+# %% ../nbs/60_submission.ipynb #b70d6702
 def read_normalised(
     data_dir, study_id: str, descriptions,
     low: float, high: float,  # percentiles that become black and white
 ):                            # Study
-    "A test study as every stage sees it."
+    "A test study as every stage sees it: 8 bits, stored by convention."
     study = read_study(data_dir, 'test', study_id, descriptions)
-    study.series = [normalise(s, low, high) for s in study.series]
+    study.series = [conventional(normalise(s, low, high)) for s in study.series]
     return study
 
 
@@ -135,8 +136,8 @@ def member_runs(
     if strange: raise RunError(f'{run_dir} holds fold_{strange[0]}, but its studies are in {known} folds: remove it, or name another folder')
     return [run_dir / f'fold_{f}' for f in there]
 
-# %% ../nbs/60_submission.ipynb #d0dde3be
-GRADING = ('10_prepare', '20_keypoints', '21_projection', '30_crops', '31_encoders', '40_levels', '42_grading')  # stages that grading needs
+# %% ../nbs/60_submission.ipynb #893d762e
+GRADING = ('10_prepare', '20_keypoints', '21_projection', '22_sides', '30_crops', '31_encoders', '40_levels', '42_grading')  # stages that grading needs
 
 
 def predict(

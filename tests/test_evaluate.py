@@ -61,6 +61,7 @@ def run(tmp_path):
             prior=prior_table(labels[labels.study_id.map(PART) == 'train']))
     pretend(folder, '20_keypoints', points=made.points, studies_seen=seen)
     pretend(folder, '21_projection', axial_slices=made.axial_slices)
+    pretend(folder, '22_sides', studies_seen=seen)
     pretend(folder, '30_crops', studies_seen=seen, axial_points=made.axial_points)
     pretend(folder, '31_encoders', studies_seen=seen)
     pretend(folder, '40_levels', boxes=made.boxes, studies_seen=seen)
@@ -73,11 +74,11 @@ def run(tmp_path):
 
 def test_no_leak_in_an_honest_run(run):
     found = check_no_leak(run.dir)
-    assert set(found.stage) == {'20_keypoints', '30_crops', '31_encoders', '40_levels', '42_grading'}
+    assert set(found.stage) == {'20_keypoints', '22_sides', '30_crops', '31_encoders', '40_levels', '42_grading'}
     assert (found[found.use == 'train'].studies == 20).all() and (found[found.use == 'choose'].studies == 6).all()
 
 
-@pytest.mark.parametrize('stage', ['20_keypoints', '30_crops', '31_encoders', '40_levels', '42_grading'])
+@pytest.mark.parametrize('stage', ['20_keypoints', '22_sides', '30_crops', '31_encoders', '40_levels', '42_grading'])
 @pytest.mark.parametrize('study, use', [('30', 'train'), ('50', 'choose')])
 def test_a_planted_leak_is_found_in_every_stage(run, stage, study, use):
     planted = pd.concat([run.seen, pd.DataFrame({'study_id': [study], 'use': [use]})])
@@ -107,7 +108,7 @@ def test_own_test_part(run):
     r = found.report
     assert r['part'] == 'test' and r['studies'] == 20 and r['localisation']['levels'] == 100 and r['localisation']['shifted'] == 0
     assert r['axial']['hit'] > .95 and r['sagittal']['exact'] == 1 and r['from_model'] == 1 and not r['notes']
-    assert r['seconds'] == dict.fromkeys(('10_prepare', '20_keypoints', '21_projection', '30_crops', '31_encoders', '40_levels', '42_grading'), 3.)
+    assert r['seconds'] == dict.fromkeys(('10_prepare', '20_keypoints', '21_projection', '22_sides', '30_crops', '31_encoders', '40_levels', '42_grading'), 3.)
     canal = run.labels[(run.labels.study_id.map(PART) == 'test') & (run.labels.condition == CANAL)].merge(run.answers, on=['study_id', 'condition', 'level'])
     assert np.isclose(r['grading']['wce'][0], weighted_log_loss(canal[list(PROBS)], canal.grade))  # of p_score
     assert np.isclose(r['grading']['accuracy'][0], (canal[list(RISKS)].to_numpy().argmax(1) == canal.grade).mean())  # of p_risk
@@ -305,7 +306,7 @@ def test_command_line(run):
     done = subprocess.run([script, '--run_dir', run.dir, '--train_csv', run.labels_csv, '--truth_csv', run.truth_csv, '--json', run.dir/'report.json', '--draws', '20'],
                           capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert all(word in done.stdout for word in ('level shift 0 of 10', 'wce', 'uniform', 'model - prior, spinal', '20_keypoints 3', 'together 21'))
+    assert all(word in done.stdout for word in ('level shift 0 of 10', 'wce', 'uniform', 'model - prior, spinal', '20_keypoints 3', 'together 24'))
     assert json.loads((run.dir/'report.json').read_text())['localisation']['levels'] == 50
     for args, said in (({}, '--run_dir is needed'), (dict(run_dir=run.dir/'none'), '10_prepare has not run'), (dict(run_dir=run.dir, train_csv='none.csv'), 'no such file'),
                        (dict(run_dir=run.dir, truth_csv='none.csv'), 'no such file'), (dict(run_dir=run.dir, truth_csv=run.labels_csv), 'lacks the columns')):

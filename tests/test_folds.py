@@ -287,7 +287,7 @@ def stubs(monkeypatch, tmp_path):
         if study.study_id in models.fails: raise ValueError('a bad day')
         return answers(models.seed, [study.study_id], [(study.study_id, l) for l in models.fallen])
 
-    for name, stand_in in dict(read_study=read_study, normalise=normalise, grade_study=grade_study, load_models=lambda manifests, device: note.members[Path(manifests['10_prepare'].run_dir).name],
+    for name, stand_in in dict(read_study=read_study, normalise=normalise, conventional=lambda series: series, grade_study=grade_study, load_models=lambda manifests, device: note.members[Path(manifests['10_prepare'].run_dir).name],
                                read_tables=lambda data_dir, split: SimpleNamespace(studies=['1', '2'], notes=[], descriptions=None)).items(): monkeypatch.setattr(submission, name, stand_in)
     return note
 

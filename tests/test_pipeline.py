@@ -75,7 +75,7 @@ def submission_of(folder): return pd.read_csv(folder / 'submission.csv').set_ind
 
 def test_every_stage_leaves_its_manifest_and_notebook(run):
     run_dir, _ = run
-    stages = ['10_prepare', '20_keypoints', '21_projection', '30_crops', '31_encoders', '40_levels', '42_grading', '45_variants', '50_evaluate', '60_submission']
+    stages = ['10_prepare', '20_keypoints', '21_projection', '22_sides', '30_crops', '31_encoders', '40_levels', '42_grading', '45_variants', '50_evaluate', '60_submission']
     for stage in stages:
         manifest = json.loads((run_dir / stage / 'manifest.json').read_text())
         assert (run_dir / stage / f'{stage}.ipynb').exists() and manifest['seconds'] > 0 and manifest['products']
