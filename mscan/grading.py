@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['load_grader', 'nets_by_encoder', 'load_models', 'locate', 'location_reasons', 'augmented', 'study_features',
-           'StudySet', 'graded_loss', 'study_loss', 'grade_features', 'grade_members', 'study_rows', 'own_slices',
-           'grade_study']
+           'StudySet', 'graded_loss', 'study_loss', 'grade_features', 'grade_members', 'seen_levels', 'missing_series',
+           'study_rows', 'own_slices', 'grade_study']
 
-# %% ../nbs/42_grading.ipynb #ce905a88
+# %% ../nbs/42_grading.ipynb #03ec6a38
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,24 +15,29 @@ import pandas as pd
 import torch
 from torch.utils.data import Dataset
 
+from .bilateral import Bilateral
 from .crops import MAX_DISAGREEMENT_MM, Pictures, find_centres, load_centres, study_crops
 from .crossattention import build_model
 from .encoders import encode, load_encoder
+from .foramina import FORAMEN, RECESS, SIDES
 from .images import Preprocess, random_grey, random_warp, warp
 from .keypoints import load_keypoints
 from .levels import load_levels
 from .metrics import RISKS, floor_probabilities, p_risk
 from .projection import choose_slices
 from .rsna import CONDITIONS, GRADE_WEIGHTS, LEVELS, PROBS
+from .sidegrading import VIEWS, all_crops, all_features, grade_sides
+from .sides import load_sides
 from .training import load_card, load_weights, weighted_ce
 
-# %% ../nbs/42_grading.ipynb #41c53e9e
+# %% ../nbs/42_grading.ipynb #5db1c285
 def load_grader(
     path,          # of the weights, without suffix
     device='cpu',
 ) -> torch.nn.Module:
     "A trained multi-view model, in eval mode."
-    net = build_model(**load_card(path)['architecture'])
+    options = load_card(path)['architecture']
+    net = Bilateral(**{k: v for k, v in options.items() if k != 'name'}) if options['name'] == 'bilateral' else build_model(**options)
     load_weights(net, path)
     return net.to(device).eval()
 
@@ -44,7 +49,7 @@ def nets_by_encoder(
     "Which models answer on which encoder's features: with `half` each has its own, else all read all."
     return [nets[j::encoders] if features == 'half' else nets for j in range(encoders)]
 
-# %% ../nbs/42_grading.ipynb #21a72879
+# %% ../nbs/42_grading.ipynb #fd140a91
 def load_models(
     manifests: dict,   # stage -> `mscan.runs.Manifest`, of 10_prepare to 42_grading
     device='cpu',
@@ -53,10 +58,12 @@ def load_models(
     path = lambda stage, name: manifests[stage].path(f'{name}.json').with_suffix('') if f'{name}.json' in manifests[stage].products else manifests[stage].dir / name
     centre_card = load_card(path('30_crops', 'axial_point'))
     card = load_card(path('42_grading', 'grader_0'))
-    encoders = [{view: load_encoder(path('31_encoders', f"encoder_{card['features']}_{j}_{view}"), device)[0] for view in ('sagittal', 'axial')} for j in range(card['encoders'])]
+    bilateral = card['architecture']['name'] == 'bilateral'
+    encoders = [{view: load_encoder(path('31_encoders', f"encoder_{card['features']}_{j}_{view}"), device)[0] for view in (VIEWS if bilateral else VIEWS[:2])} for j in range(card['encoders'])]
     nets = nets_by_encoder([load_grader(path('42_grading', f'grader_{j}'), device) for j in range(card['graders'])], card['features'], card['encoders'])
     centre_net, window_px = load_centres(path('30_crops', 'axial_point'), device)
-    return SimpleNamespace(find_points=load_keypoints(path('20_keypoints', 'keypoints'), device), find_boxes=load_levels(path('40_levels', 'levels'), device, *(manifests['40_levels'].parameters[k] for k in ('conf', 'agree_mm', 'tie'))),
+    sides = load_sides(path('22_sides', 'foramina'), path('22_sides', 'recesses'), manifests['22_sides'].parameters['sides'], device) if bilateral else None
+    return SimpleNamespace(sides=sides, find_points=load_keypoints(path('20_keypoints', 'keypoints'), device), find_boxes=load_levels(path('40_levels', 'levels'), device, *(manifests['40_levels'].parameters[k] for k in ('conf', 'agree_mm', 'tie'))),
                            centre_net=centre_net, window_px=window_px, prepare=Preprocess(**centre_card['preprocessing']), encoders=encoders, nets=nets, card=card,
                            low=manifests['10_prepare'].parameters['low'], high=manifests['10_prepare'].parameters['high'], rule=manifests['21_projection'].parameters['rule'], passes=manifests['21_projection'].parameters['passes'], size_px=card['size_px'],
                            conditions=card['conditions'], view_dropout=card['view_dropout'], device=device, prior=pd.read_csv(manifests['10_prepare'].path('prior')))
@@ -65,16 +72,18 @@ def load_models(
 def locate(
     study,                   # normalised
     models: SimpleNamespace, # of `load_models`
-) -> SimpleNamespace:        # points, chosen, centres, boxes (tables), reasons (sentences)
+) -> SimpleNamespace:        # points, centres, boxes and, for a model of both sides, foramina, recesses (tables), canal (5, 3) mm, pictures, reasons (sentences)
     "Where the levels of a study are, on sagittal and axial slices."
     t2, axials, reasons = study.of('sagittal_t2'), study.of('axial_t2'), []
     if not t2: return SimpleNamespace(points=None, boxes=None, centres=None, pictures=None, reasons=['no sagittal T2 series'])
     points = models.find_points(t2[0]).assign(series_id=t2[0].series_id)
     boxes = models.find_boxes(t2[0], points)
     pictures, xyz = Pictures(study, models.prepare), points.set_index('level').loc[list(LEVELS), ['x_mm', 'y_mm', 'z_mm']].to_numpy()
-    centres = find_centres(models.centre_net, study, choose_slices(axials, xyz, models.rule, models.passes), xyz, pictures, models.window_px, models.device)
+    chosen = choose_slices(axials, xyz, models.rule, models.passes)
+    centres = find_centres(models.centre_net, study, chosen, xyz, pictures, models.window_px, models.device)
+    sides = dict(foramina=models.sides.foramina(study, xyz), recesses=models.sides.recesses(study, chosen, xyz)) if models.sides else {}
     if not axials: reasons.append('no axial T2 series')
-    return SimpleNamespace(points=points, boxes=boxes, centres=centres, pictures=pictures, reasons=reasons + location_reasons(points, boxes, centres))
+    return SimpleNamespace(points=points, boxes=boxes, centres=centres, canal=xyz, pictures=pictures, reasons=reasons + location_reasons(points, boxes, centres), **sides)
 
 
 def location_reasons(points, boxes, centres) -> list:
@@ -170,7 +179,7 @@ def study_loss(
         return parts[0][0] + parts[1][0], parts[0][1] + parts[1][1]
     return loss
 
-# %% ../nbs/42_grading.ipynb #9e5d3f24
+# %% ../nbs/42_grading.ipynb #bec57ff7
 @torch.no_grad()
 def grade_features(
     net, e_s, e_a, mask_s, mask_a, device='cpu',  # one study, plain view: (T, D), (P, T, S, D), (T,), (P, T, S)
@@ -184,13 +193,32 @@ def grade_features(
 
 def grade_members(
     nets: list,      # by encoder: the models that read its features, of `nets_by_encoder`
-    features: list,  # by encoder: (E_s, E_a, sagittal mask, axial mask) of one study, the plain view first
+    features: list,  # by encoder: (E_s, E_a, sagittal mask, axial mask) of one study, the plain view first; for `Bilateral` what `all_features` gives
     device='cpu',
 ) -> np.ndarray:     # (T, C, G) p_score
     "Probabilities of one study, averaged over encoders (`features=oof`, `half`) and seeds."
-    return np.mean([grade_features(net, e_s[0], e_a[0], mask_s, mask_a, device) for own, (e_s, e_a, mask_s, mask_a) in zip(nets, features, strict=True) for net in own], 0)
+    ask = lambda net, f: grade_sides(net, *f, device) if isinstance(f[0], dict) else grade_features(net, f[0][0], f[1][0], *f[2:], device)
+    return np.mean([ask(net, f) for own, f in zip(nets, features, strict=True) for net in own], 0)
 
-# %% ../nbs/42_grading.ipynb #768756a7
+
+def seen_levels(
+    crops: SimpleNamespace,  # of `study_crops` or `all_crops`
+) -> dict:                   # condition -> (T,) bool
+    "Which level of which condition is on a crop of its own."
+    both = hasattr(crops, 'foramen_mask')                                            # then axial masks are (2, P, T, S), else (P, T, S)
+    canal = crops.sagittal_mask | crops.axial_mask.any((0, 1, 3) if both else (0, 2))
+    sides = [*crops.foramen_mask.any(-1), *crops.recess_mask.any((1, 3))] if both else []
+    return dict(zip(CONDITIONS, [canal, *sides], strict=False))
+
+
+def missing_series(
+    crops: SimpleNamespace,
+) -> list:                   # of 'sagittal T2', 'axial T2', 'sagittal T1'
+    "Series of which no crop is there."
+    masks = dict(zip(('sagittal T2', 'axial T2', 'sagittal T1'), (crops.sagittal_mask, crops.axial_mask, getattr(crops, 'foramen_mask', np.ones(1))), strict=True))
+    return [name for name, m in masks.items() if not m.any()]
+
+# %% ../nbs/42_grading.ipynb #6034b6de
 def study_rows(
     study_id: str,
     series: dict,              # series_id -> Series, for instance numbers
@@ -201,27 +229,31 @@ def study_rows(
 ) -> pd.DataFrame:             # 25 rows: study_id, condition, level, PROBS, RISK, source, slices, reason
     "Every row of a study, with where its numbers come from."
     prior, notes, rows = models.prior.set_index(['condition', 'level']), '; '.join(located.reasons), []
-    both = crops is not None and crops.sagittal_mask.any() and crops.axial_mask.any()
+    here, absent = (seen_levels(crops), missing_series(crops)) if crops is not None else ({}, [])
     for condition in CONDITIONS:
         for j, level in enumerate(LEVELS):
-            here = crops is not None and (crops.sagittal_mask[j] or crops.axial_mask[:, j].any())
             if condition not in models.conditions: why = 'this condition is not graded by the model of this run'
-            elif not here: why = notes or 'the level is on no slice'
-            elif not both and not models.view_dropout: why = f'{notes or "one view is missing"}; the model has not been trained on studies that lack a view'
+            elif crops is None or not here[condition][j]: why = notes or 'the level is on no slice'
+            elif absent and not models.view_dropout: why = f'{notes or "one view is missing"}; the model has not been trained on studies that lack a view'
             else: why = ''
             answer = prior.loc[(condition, level), list(PROBS)].to_numpy(float) if why else p[j, models.conditions.index(condition)]
             answer = floor_probabilities(np.asarray(answer, float)[None])[0]
             rows.append(dict(study_id=study_id, condition=condition, level=level, **dict(zip(PROBS, answer, strict=True)), **dict(zip(RISKS, p_risk(answer), strict=True)),
-                             source='prior' if why else 'model', slices='' if why else own_slices(series, located, crops, level, j), reason=why or notes))
+                             source='prior' if why else 'model', slices='' if why else own_slices(series, located, crops, condition, level, j), reason=why or notes))
     return pd.DataFrame(rows)
 
-# %% ../nbs/42_grading.ipynb #b6952c26
-def own_slices(series, located, crops, level, j) -> str:
-    "`series_id/instance_number` of the slices that were cropped for a level."
-    sagittal = located.boxes[located.boxes.level == level] if crops.sagittal_mask[j] else located.boxes.iloc[:0]
-    axial = located.centres[(located.centres.level == level)]
-    axial = axial[[bool(crops.axial_mask[r.pass_i, j, r.rank]) for r in axial.itertuples()]]
-    names = [f'{r.series_id}/{series[r.series_id].instance_number[r.slice_i]}' for t in (sagittal, axial) for r in t.itertuples()]
+# %% ../nbs/42_grading.ipynb #ace96c65
+def own_slices(series, located, crops, condition, level, j) -> str:
+    "`series_id/instance_number` of the slices that were cropped for a condition of a level."
+    side, _, what = condition.partition('_')
+    if what == FORAMEN: tables = [located.foramina[(located.foramina.level == level) & (located.foramina.side == side)]]
+    elif what == RECESS:
+        t, k = located.recesses[(located.recesses.level == level) & (located.recesses.side == side)], list(SIDES).index(side)
+        tables = [t[[bool(crops.recess_mask[k, r.pass_i, j, r.rank]) for r in t.itertuples()]]]
+    else:
+        axial, mask = located.centres[(located.centres.level == level)], crops.axial_mask[0] if crops.axial_mask.ndim == 4 else crops.axial_mask
+        tables = [located.boxes[located.boxes.level == level] if crops.sagittal_mask[j] else located.boxes.iloc[:0], axial[[bool(mask[r.pass_i, j, r.rank]) for r in axial.itertuples()]]]
+    names = [f'{r.series_id}/{series[r.series_id].instance_number[r.slice_i]}' for t in tables for r in t.itertuples()]
     return ' '.join(dict.fromkeys(names))
 
 
@@ -234,7 +266,11 @@ def grade_study(
     located, series = located or locate(study, models), {s.series_id: s for s in study.series}
     located.reasons += [p for p in study.problems if p not in located.reasons]
     if located.boxes is None: return study_rows(study.study_id, series, located, None, None, models)
-    crops = study_crops(located.pictures, located.boxes, located.centres, models.size_px)
-    features = [study_features(crops, e, models.device) for e in models.encoders]
-    p = grade_members(models.nets, [(*f, crops.sagittal_mask, crops.axial_mask) for f in features], models.device)
+    if models.sides:
+        crops = all_crops(study, located.boxes, located.centres, located.foramina, located.recesses, located.canal, located.pictures, models.centre_net, models.window_px, models.size_px, models.device)
+        features = [all_features(crops, e, models.device) for e in models.encoders]
+    else:
+        crops = study_crops(located.pictures, located.boxes, located.centres, models.size_px)
+        features = [(*study_features(crops, e, models.device), crops.sagittal_mask, crops.axial_mask) for e in models.encoders]
+    p = grade_members(models.nets, features, models.device)
     return study_rows(study.study_id, series, located, crops, p, models)

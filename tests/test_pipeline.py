@@ -25,7 +25,8 @@ def command(name, *args, ok=True):
 
 
 SMOKE = ['--preset', 'smoke', '-p', 'view_dropout', '0.1',      # smoke's U-Net has learned nothing: most of its points meet no axial slice
-         '-p', '31_encoders.features', 'in_fold,oof', '-p', '31_encoders.parts', '2', '-p', '42_grading.features', 'oof', '-p', 'variants', 'sagittal_gru,mscan,mscan_oof']
+         '-p', '31_encoders.features', 'in_fold,oof', '-p', '31_encoders.parts', '2', '-p', '42_grading.features', 'oof', '-p', 'variants', 'sagittal_gru,mscan,mscan_oof',
+         '-p', '31_encoders.sides', 'true', '-p', '42_grading.model', 'bilateral']
 
 
 def view_of(folder): return read_series(folder, pixels=False).view
@@ -133,7 +134,18 @@ def test_good_studies_are_graded_by_the_model_and_others_say_prior(run, data):
     _, provenance = submission_of(run[0] / '60_submission')
     good = provenance[~provenance.index.str.split('_').str[0].isin(list(data[1]))]
     canal = good.index.str.contains('spinal_canal')
-    assert (good[canal]['source'] == 'model').mean() >= .5 and (good[~canal]['source'] == 'prior').all() and good[~canal].reason.str.contains('not graded by the model').all()
+    assert (good[canal]['source'] == 'model').mean() >= .5
+    for condition in ('left_neural', 'right_neural', 'left_subarticular', 'right_subarticular'): assert (good[good.index.str.contains(condition)]['source'] == 'model').any(), condition
+    assert (good[good['source'] == 'prior'].reason != '').all() and not good.reason.str.contains('not graded by the model').any()
+
+
+def test_a_study_without_t1_or_axial_keeps_the_rows_that_it_shows(run, data):
+    _, provenance = submission_of(run[0] / '60_submission')
+    for change, gone in (('no_sagittal_t1', 'neural_foraminal'), ('no_axial', 'subarticular')):
+        number = next(n for n, c in data[1].items() if c == change)
+        mine = provenance[provenance.index.str.startswith(f'{number}_')]
+        lost = mine.index.str.contains(gone)
+        assert (mine[lost]['source'] == 'prior').all() and mine[lost].reason.str.contains('series').all() and (mine[~lost]['source'] == 'model').any()
 
 
 def test_predict_repeats_the_run_without_train_csv(run, data, tmp_path):
@@ -200,3 +212,53 @@ def test_missing_views_are_graded_by_a_model_that_has_met_them():
                           SimpleNamespace(conditions=['spinal_canal_stenosis'], prior=prior_table(lesson.labels), view_dropout=dropout))
         canal = rows[rows.condition == 'spinal_canal_stenosis']
         assert (canal['source'] == source).all() and canal.reason.str.contains('no axial').all()
+
+
+def store_mirrored(file, out, c):
+    "One DICOM file of the patient mirrored at x = c, stored in conventional raster order: sagittal pixels as they are, axial columns reversed."
+    import pydicom
+    from pydicom.uid import ExplicitVRLittleEndian
+    d = pydicom.dcmread(file)
+    pixels, position, axes = d.pixel_array, np.array(d.ImagePositionPatient, float), np.array(d.ImageOrientationPatient, float).reshape(2, 3)
+    position, axes = position * [-1, 1, 1] + [2 * c, 0, 0], axes * [-1, 1, 1]
+    if axes[0, 0] < -.5: position, axes, pixels = position + (pixels.shape[1] - 1) * float(d.PixelSpacing[1]) * axes[0], axes * [[-1], [1]], pixels[:, ::-1]
+    d.ImagePositionPatient, d.ImageOrientationPatient = ([f'{v:.10f}'[:16] for v in a.ravel()] for a in (position, axes))
+    d.PixelData, d.file_meta.TransferSyntaxUID = np.ascontiguousarray(pixels).tobytes(), ExplicitVRLittleEndian
+    d['PixelData'].is_undefined_length = False
+    d.save_as(out, enforce_file_format=True)
+
+
+@pytest.fixture(scope='module')
+def patients(run, data, tmp_path_factory):
+    "p (condition x level x grade) of three patients, through mscan_predict: as he is, mirrored, and re-stored (columns reversed, slices and numbers the other way)."
+    from test_mirror import store_again
+    folder, out = tmp_path_factory.mktemp('patients'), {}
+    good = sorted(p.name for p in (data[0] / 'test_images').iterdir() if p.name not in data[1])[0]
+    described = pd.read_csv(data[0] / 'test_series_descriptions.csv', dtype=str)
+    for number, how in ((1, 'plain'), (2, 'mirrored'), (3, 'again')):
+        for series in sorted((data[0] / 'test_images' / good).iterdir()):
+            target, numbers = folder / 'test_images' / str(number) / series.name, sorted(int(f.stem) for f in series.iterdir())
+            target.mkdir(parents=True)
+            for a, b in zip(numbers, numbers[::-1], strict=True):
+                if how == 'again': store_again(series / f'{a}.dcm', target, b, 1, 0)
+                elif how == 'mirrored': store_mirrored(series / f'{a}.dcm', target / f'{a}.dcm', 11.)
+                else: shutil.copy(series / f'{a}.dcm', target)
+    pd.concat([described[described.study_id == good].assign(study_id=str(n)) for n in (1, 2, 3)]).to_csv(folder / 'test_series_descriptions.csv', index=False)
+    command('mscan_predict', '--run_dir', run[0], '--data_dir', folder, '--out', folder / 'out', '--device', 'cpu')
+    submission, provenance = submission_of(folder / 'out')
+    for number, how in ((1, 'plain'), (2, 'mirrored'), (3, 'again')): out[how] = submission[submission.index.str.startswith(f'{number}_')].to_numpy().reshape(5, 5, 3), (provenance[provenance.index.str.startswith(f'{number}_')]['source'] == 'model').to_numpy().reshape(5, 5)
+    return out
+
+
+def test_a_mirrored_patient_has_the_sides_exchanged(patients):
+    (p, graded), (q, graded_too) = patients['plain'], patients['mirrored']
+    conditions = list(dict.fromkeys(n[2:-6] for n in row_ids(['1'])))      # ids end in a level of five letters, as `_l1_l2`
+    order = [conditions.index(c.replace('left', '#').replace('right', 'left').replace('#', 'right')) for c in conditions]
+    assert graded.any(1).all() and (graded == graded_too[order]).all()
+    assert np.abs(p - q[order]).max() <= 1e-3
+    sides = [k for k in range(5) if order[k] != k]
+    assert np.abs(p - q)[sides].max() > 1e-3                   # the sides differ: unswapped answers would fail
+
+
+def test_the_same_patient_stored_otherwise_has_the_same_answers(patients):
+    assert np.abs(patients['plain'][0] - patients['again'][0]).max() <= 1e-3 and (patients['plain'][1] == patients['again'][1]).all()
