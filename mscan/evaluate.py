@@ -8,7 +8,7 @@ __all__ = ['TRAINED', 'HELD_OUT', 'finished', 'check_no_leak', 'against_constant
            'examine_centres', 'examine_stages', 'examine_variants', 'evaluate_run', 'run_pictures', 'report_lines',
            'mscan_evaluate']
 
-# %% ../nbs/50_evaluate.ipynb #8094f88f
+# %% ../nbs/50_evaluate.ipynb #b535b121
 import os
 import sys
 from json import dumps
@@ -19,11 +19,11 @@ import numpy as np
 import pandas as pd
 from fastcore.script import call_parse
 
-from .compare import compare_variants, evaluate_pair, graded_rows, metric_table, pair_lines, paper_tables, probe_table, tables_lines
+from .breakdown import breakdown, breakdown_tables, paired_parts
+from .compare import KEYS, compare_variants, evaluate_pair, graded_rows, metric_table, pair_lines, paper_tables, probe_table, tables_lines, tables_markdown
 from .localisation import (MOVED, XYZ, axial_centres, axial_choice, centre_summary, localisation_summary, localise, recess_midpoints,
                                 sagittal_choice, slice_summary)
-from .metrics import (RISKS, auroc, bootstrap_draws, percentile_interval, prior_rows, score_of, study_losses, threshold_counts,
-                           uniform_rows)
+from .metrics import RISKS, auroc, prior_rows, score_of, study_losses, threshold_counts, uniform_rows
 from .rsna import CONDITIONS, GRADES, LEVELS, PROBS, TableError, read_train
 from .runs import STAGES, RunError, plain, read_manifest
 
@@ -61,29 +61,20 @@ def check_no_leak(
         rows += [{'stage': stage, 'use': use, 'studies': t.study_id.nunique()} for use, t in seen.groupby('use')]
     return pd.DataFrame(rows, columns=['stage', 'use', 'studies'])
 
-# %% ../nbs/50_evaluate.ipynb #4a123550
+# %% ../nbs/50_evaluate.ipynb #d5da0496
 def against_constants(
     labels: pd.DataFrame,  # study_id, condition, level, grade
     answers: pd.DataFrame,  # study_id, condition, level and PROBS; all 25 rows of every study of labels
     prior: pd.DataFrame,  # of the training part, `metrics.prior_table`
     draws=1000,  # of studies
     seed=0,  # of the draws
-):  # table: model, uniform, prior x score and its parts; dict of Interval: model - prior for 'spinal' and 'score'
+):  # table: model, uniform, prior x score and its parts; dict of `paired_parts`: model, prior, difference
     "The competition score beside the constants, with the paired interval of its gain. Raises TableError for missing rows."
     studies = labels.study_id.unique()
     ids = answers.study_id + '_' + answers.condition + '_' + answers.level
     mine = answers.assign(row_id=ids)[answers.study_id.isin(studies)]
     losses = {name: study_losses(labels, rows) for name, rows in (('model', mine), ('uniform', uniform_rows(studies)), ('prior', prior_rows(prior, studies)))}
-    table = pd.DataFrame({name: score_of(t) for name, t in losses.items()}).T
-    parts, value = ('spinal', 'score'), table.loc['model'] - table.loc['prior']
-
-    def difference(first, second):
-        first, second = score_of(first), score_of(second)
-        return [first[p] - second[p] for p in parts]
-
-    drawn = bootstrap_draws(lambda i: difference(losses['model'].iloc[i], losses['prior'].iloc[i]), studies, draws, seed)  # (draws, parts)
-    gain = {p: percentile_interval(value[p], drawn[:, j]) for j, p in enumerate(parts)}
-    return table, gain
+    return pd.DataFrame({name: score_of(t) for name, t in losses.items()}).T, paired_parts(losses['model'], losses['prior'], draws, seed)
 
 # %% ../nbs/50_evaluate.ipynb #ef84fbd6
 def reliability(
@@ -228,7 +219,7 @@ def examine_variants(
     if len(answers): notes.append(f'45_variants: {product} holds no answer of {reference} for the studies that are examined, so nothing is compared')
     return None
 
-# %% ../nbs/50_evaluate.ipynb #3d129b9c
+# %% ../nbs/50_evaluate.ipynb #71b25f4a
 def evaluate_run(
     run_dir,  # folder of a run
     train_csv='',  # labels of the studies to examine; default those of the run itself
@@ -236,7 +227,7 @@ def evaluate_run(
     condition=CONDITIONS[0],  # the condition whose points and grades are examined
     draws=1000,  # of the bootstrap
     seed=0,  # of the bootstrap
-) -> SimpleNamespace:  # report (dict); rows, metrics, constants, gain, seen, localised, axial, sagittal, variants, probes (tables or None), centres (tables by target)
+) -> SimpleNamespace:  # report (dict); rows, metrics, constants, parts (of `paired_parts`), breakdown, tables (of `breakdown_tables`), seen, localised, axial, sagittal, variants, probes (tables or None), centres (tables by target)
     "All figures of a run. Raises RunError for a leak or a missing run, TableError for tables that do not fit it."
     found, notes = SimpleNamespace(manifests=finished(run_dir)), []
     for stage in ('10_prepare', '42_grading'):
@@ -249,7 +240,10 @@ def evaluate_run(
     found.truth = found.marks[found.marks.condition == condition].groupby(['study_id', 'level'], as_index=False)[XYZ].mean()
     found.rows = graded_rows(predictions, labels, condition)
     found.metrics = metric_table(found.rows, draws, seed)
-    found.constants, found.gain = against_constants(labels, predictions, pd.read_csv(prepared.path('prior')), draws, seed)
+    prior = pd.read_csv(prepared.path('prior'))
+    found.constants, found.parts = against_constants(labels, predictions, prior, draws, seed)
+    found.breakdown = breakdown(predictions.merge(labels, on=KEYS), prior)
+    found.tables = breakdown_tables(found.breakdown, found.parts)
     whole = found.metrics[found.metrics.level == 'all'].set_index('metric')[['value', 'low', 'high']]
     found.variants, found.probes = (examine_variants(found.manifests, labels, notes, *of, condition, draws, seed) for of in (('variants', 'mscan'), ('probes', 'as trained')))
     asked = predictions[(predictions.condition == condition) & predictions.study_id.isin(labels.study_id)]
@@ -258,7 +252,7 @@ def evaluate_run(
         'seconds': {s: m.record.get('seconds') for s, m in found.manifests.items()}, **examine_stages(found, notes),
         'grading': {k: tuple(v) for k, v in whole.T.items()}, 'from_model': float((asked.source == 'model').mean()),
         'calibration_error': {n: calibration_error(reliability(found.rows[c], found.rows.grade == 2)) for n, c in (('p_risk', RISKS[2]), ('p_score', PROBS[2]))},
-        'competition': found.constants.T.to_dict(), 'gain_over_prior': {k: tuple(v) for k, v in found.gain.items()},
+        'competition': found.constants.T.to_dict(), 'gain_over_prior': {k: tuple(v) for k, v in found.parts['difference'].items()}, 'breakdown': found.breakdown.to_dict('records'),
         **{k: t.to_dict('records') for k, t in (('variants', found.variants), ('probes', found.probes)) if t is not None}, 'notes': notes}
     return found
 
@@ -288,7 +282,7 @@ def run_pictures(
 
     return pictures
 
-# %% ../nbs/50_evaluate.ipynb #6f993abd
+# %% ../nbs/50_evaluate.ipynb #f21c3cb9
 def report_lines(
     report: dict,  # of `evaluate_run`
 ) -> list:  # lines for a terminal
@@ -315,13 +309,14 @@ def report_lines(
     lines += [f'  {name:<18}{value:7.3f}   95 % {low:.3f} to {high:.3f}' for name, (value, low, high) in report['grading'].items()]
     table = pd.DataFrame(report['competition']).T
     lines += ['competition score (lower is better; prior = smoothed weighted prior of the training part)', *table.to_string(float_format='{:.4f}'.format).split('\n')]
-    lines += [f'  model - prior, {name:<8}{value:8.4f}   95 % {low:.4f} to {high:.4f}' for name, (value, low, high) in report['gain_over_prior'].items()]
+    lines += [f'  model - prior, {name:<13}{value:8.4f}   95 % {low:.4f} to {high:.4f}' for name, (value, low, high) in report['gain_over_prior'].items()]
     lines.append(f'  spinal: {table.spinal["model"] / table.spinal["prior"]:.2f} of the prior\'s')
+    lines += tables_lines(breakdown_tables(pd.DataFrame(report['breakdown'])))
     if 'variants' in report: lines += tables_lines(paper_tables(pd.DataFrame(report['variants'])))
     if 'probes' in report: lines += tables_lines({'M-SCAN with its attention replaced, or without a view': probe_table(pd.DataFrame(report['probes']))})
     return lines + [f'note: {n}' for n in report['notes']]
 
-# %% ../nbs/50_evaluate.ipynb #0fb0f6d5
+# %% ../nbs/50_evaluate.ipynb #d07d33d8
 @call_parse
 def mscan_evaluate(
     run_dir: str = '',  # folder of a finished run
@@ -330,6 +325,8 @@ def mscan_evaluate(
     submission: str = '',  # instead of a run: any submission for the studies of train_csv
     json: str = '',  # also write the report to this file
     draws: int = 1000,  # of the bootstrap
+    prior_csv: str = '',  # with --submission: prior.csv of a run's 10_prepare, to hold the answers against; default: the weighted prior of train_csv
+    markdown: str = '',  # also write the score per condition, level and side to this file, as tables
 ):
     "Figures of a run from its manifests and saved predictions, or of any submission: localisation, slice choice, grades with intervals, competition score."
     try:
@@ -337,9 +334,12 @@ def mscan_evaluate(
         if not run_dir and not submission: raise RunError('--run_dir is needed, or --submission and --train_csv in its place; see --help')
         if submission and not train_csv: raise RunError('--submission needs --train_csv, the grades to hold it against')
         if submission and truth_csv: raise RunError('--truth_csv goes with --run_dir: a submission holds no points')
-        report = evaluate_pair(train_csv, submission, draws).report if submission else evaluate_run(os.path.abspath(run_dir), train_csv, truth_csv, draws=draws).report
-        if json:
-            Path(json).parent.mkdir(parents=True, exist_ok=True)
-            Path(json).write_text(dumps(plain(report), indent=1) + '\n')
+        if prior_csv and not submission: raise RunError('--prior_csv goes with --submission: a run has a prior of its own')
+        found = evaluate_pair(train_csv, submission, draws, prior_csv=prior_csv) if submission else evaluate_run(os.path.abspath(run_dir), train_csv, truth_csv, draws=draws)
+        report = found.report
+        for path, text in ((json, lambda: dumps(plain(report), indent=1) + '\n'), (markdown, lambda: tables_markdown(found.tables, f'{report["studies"]} studies.'))):
+            if not path: continue
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            Path(path).write_text(text())
     except (RunError, TableError, OSError) as error: sys.exit(f'mscan_evaluate: {error}')
     print('\n'.join(pair_lines(report) if submission else report_lines(report)))

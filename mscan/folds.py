@@ -7,7 +7,7 @@ __all__ = ['MAY_DIFFER', 'RESULTS', 'OOF_PROVENANCE', 'OWN', 'EPILOG', 'made_up_
            'check_same', 'check_folds', 'out_of_fold', 'mean_of_part', 'beside_prior', 'fold_report', 'report_lines',
            'clear_results', 'combine', 'fold_plans', 'run_folds', 'folds_parser', 'plans_of', 'mscan_folds']
 
-# %% ../nbs/62_folds.ipynb #25abe6b0
+# %% ../nbs/62_folds.ipynb #c5cb251f
 import os, sys, time
 from json import dumps
 from pathlib import Path
@@ -17,9 +17,10 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
+from .breakdown import paired_parts
 from .compare import KEYS, graded_rows, metric_table
 from .evaluate import HELD_OUT, check_no_leak
-from .metrics import RISKS, bootstrap_draws, p_risk, percentile_interval, prior_rows, prior_table, score_of, study_losses
+from .metrics import RISKS, p_risk, prior_rows, prior_table, study_losses
 from .rsna import CONDITIONS, GRADE_WEIGHTS, LEVELS, PROBS, TableError, discover_studies
 from .runner import Parser, find_stages, plan, read_preset, run_stages
 from .runs import RunError, Stage, plain, portable, read_manifest, resolve
@@ -140,7 +141,7 @@ def mean_of_part(
     mine = studies.index[(studies.part == part) & (studies.fold < 0)]
     return average_runs([one.predictions[one.predictions.study_id.isin(mine)] for one in folds])
 
-# %% ../nbs/62_folds.ipynb #99f81817
+# %% ../nbs/62_folds.ipynb #4f9eddd2
 def beside_prior(
     labels: pd.DataFrame,   # of the studies, graded or not
     answers: pd.DataFrame,  # predictions: 25 rows of every study of labels
@@ -151,10 +152,7 @@ def beside_prior(
     "Figures of some studies with 95 % intervals. Raises TableError for missing rows."
     answers = answers.assign(row_id=answers.study_id + '_' + answers.condition + '_' + answers.level)
     losses, studies = [study_losses(labels, t) for t in (answers, prior)], labels.study_id.unique()
-    both = lambda i: [list(score_of(t.iloc[i]).values()) for t in losses]
-    value, drawn = np.array(both(np.arange(len(studies)))), bootstrap_draws(both, studies, draws, seed)     # (2, parts), (draws, 2, parts)
-    named = lambda v, d: {part: tuple(percentile_interval(v[j], d[:, j])) for j, part in enumerate(score_of(losses[0]))}
-    report = dict(studies=len(studies), model=named(value[0], drawn[:, 0]), prior=named(value[1], drawn[:, 1]), difference=named(value[0] - value[1], drawn[:, 0] - drawn[:, 1]), grading={}, from_model={})
+    report = dict(studies=len(studies), **{k: {part: tuple(v) for part, v in t.items()} for k, t in paired_parts(*losses, draws, seed).items()}, grading={}, from_model={})
     for condition in dict.fromkeys(answers.condition[answers['source'] == 'model']):
         if not labels.grade[labels.condition == condition].notna().any(): continue
         rows = graded_rows(answers.drop(columns='row_id'), labels, condition)

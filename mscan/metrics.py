@@ -6,21 +6,15 @@
 __all__ = ['CLIP', 'PARTS', 'FLOOR', 'RISKS', 'METRICS', 'weighted_log_loss', 'study_losses', 'score_of', 'score',
            'floor_probabilities', 'prior_table', 'prior_rows', 'uniform_rows', 'auroc', 'quadratic_kappa',
            'threshold_counts', 'average_precision', 'sensitivity_at', 'p_risk', 'grade_metrics', 'Interval',
-           'bootstrap_draws', 'percentile_interval', 'bootstrap_interval', 'paired_bootstrap', 'score_report',
-           'mscan_score']
+           'bootstrap_draws', 'percentile_interval', 'bootstrap_interval', 'paired_bootstrap']
 
-# %% ../nbs/05_metrics.ipynb #19666c86
-import sys
-from json import dumps
-from pathlib import Path
+# %% ../nbs/05_metrics.ipynb #1e162d0e
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-from fastcore.script import call_parse
 
-from .rsna import (CONDITIONS, GRADE_WEIGHTS, LEVELS, PROBS, TableError, check_probabilities, read_submission,
-                        read_train, row_ids, split_row_ids)
+from .rsna import CONDITIONS, GRADE_WEIGHTS, LEVELS, PROBS, TableError, check_probabilities, row_ids, split_row_ids
 
 # %% ../nbs/05_metrics.ipynb #945d9fd6
 CLIP = 2.220446049250313e-16  # the spacing of float64 at 1: -log of it is 36.04, the dearest mistake there is
@@ -305,33 +299,3 @@ def paired_bootstrap(
 ) -> Interval:  # of first - second
     "Interval of a difference, both statistics read on the same draws of studies."
     return bootstrap_interval(lambda rows: first(rows) - second(rows), study_ids, n, seed, level)
-
-# %% ../nbs/05_metrics.ipynb #d05476fe
-def score_report(
-    train_csv,  # grades, in the form of train.csv
-    submission,  # submission.csv
-) -> pd.DataFrame:  # rows: the submission, uniform, weighted prior; columns score, spinal, foraminal, subarticular, any_severe
-    "The score of a submission beside the constants of the same table. Raises TableError for malformed files."
-    labels, rows = read_train(train_csv), read_submission(submission)
-    if not labels.grade.notna().any(): raise TableError(f'{Path(train_csv).name}: no cell has a grade')
-    studies = labels.study_id.unique()
-    return pd.DataFrame({'submission': score(labels, rows), 'uniform': score(labels, uniform_rows(studies)),
-                         'weighted prior': score(labels, prior_rows(prior_table(labels), studies))}).T
-
-
-@call_parse
-def mscan_score(
-    train_csv: str = None,  # grades of the scored studies, in the form of train.csv
-    submission: str = None,  # submission.csv to score: row_id, normal_mild, moderate, severe
-    json: str = None,  # also write score, spinal, foraminal, subarticular, any_severe to this file
-):
-    "Competition score of a submission, its parts, and beside it the constants uniform and weighted prior per condition x level of that table."
-    try:
-        for name, value in (('train_csv', train_csv), ('submission', submission)):
-            if not value: raise TableError(f'--{name} is needed; see --help')
-        report = score_report(train_csv, submission)
-        if json:
-            Path(json).parent.mkdir(parents=True, exist_ok=True)
-            Path(json).write_text(dumps({k: None if np.isnan(v) else v for k, v in report.loc['submission'].items()}, indent=1) + '\n')
-    except (TableError, OSError) as error: sys.exit(f'mscan_score: {error}')
-    print(report.to_string(float_format='{:.6f}'.format))

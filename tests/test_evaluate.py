@@ -286,11 +286,12 @@ def test_gain_over_the_prior_is_paired():
     ids = [str(i) for i in range(30)]
     labels, answers = model(ids)
     prior = prior_table(labels)
-    table, gain = against_constants(labels, answers, prior, draws=100)
+    table, parts = against_constants(labels, answers, prior, draws=100)
+    gain = parts['difference']
     assert np.isclose(gain['score'].value, table.score['model'] - table.score['prior']) and np.isclose(gain['spinal'].value, table.spinal['model'] - table.spinal['prior'])
     assert gain['spinal'].high < 0
     _, worse = against_constants(labels, model(ids, seed=9)[1], prior, draws=100)  # another model's answers: confident and wrong
-    assert worse['spinal'].low > 0
+    assert worse['difference']['spinal'].low > 0
 
 
 def test_reliability():

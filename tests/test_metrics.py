@@ -1,18 +1,13 @@
 "The score against numbers worked out by hand, against the published constants, and against scikit-learn."
-import json
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pandas as pd
 import pytest
 from sklearn import metrics as sk
 
 from mscan.metrics import (CLIP, FLOOR, METRICS, Interval, auroc, average_precision, bootstrap_interval, floor_probabilities, grade_metrics,
-                           mscan_score, p_risk, paired_bootstrap, prior_rows, prior_table, quadratic_kappa, score, score_of, score_report, sensitivity_at,
+                           p_risk, paired_bootstrap, prior_rows, prior_table, quadratic_kappa, score, score_of, sensitivity_at,
                            study_losses, threshold_counts, uniform_rows, weighted_log_loss)
-from mscan.rsna import CONDITIONS, LEVELS, PROBS, TableError, row_ids, write_submission, write_train
+from mscan.rsna import CONDITIONS, LEVELS, PROBS, TableError, row_ids
 
 LOG = np.log
 # Counts N / M / S of train.csv per condition and level; the rest of 1,975 studies is missing (shared/design/rsna-2024.md, section 3)
@@ -332,29 +327,3 @@ def test_paired_bootstrap_of_a_constant_gain_has_no_width():
     assert np.allclose(gain, -.1)
     undefined = bootstrap_interval(lambda rows: np.nan, np.arange(5), 20)
     assert np.isnan(undefined.low) and np.isnan(undefined.high)
-
-
-def run(*args):
-    "The console script, as installed beside this Python."
-    return subprocess.run([str(Path(sys.executable).with_name('mscan_score')), *map(str, args)], capture_output=True, text=True)
-
-
-def test_command_line(tmp_path):
-    labels = labels_of({'1': [0, 1, 0, 0, 0], '2': [0, 2, 1, 0, 0]})
-    write_train(labels, tmp_path/'t.csv')
-    write_submission(answer(['1', '2'], (.7, .2, .1)), tmp_path/'s.csv')
-    done = run('--train_csv', tmp_path/'t.csv', '--submission', tmp_path/'s.csv', '--json', tmp_path/'out/s.json')
-    assert done.returncode == 0 and all(w in done.stdout for w in ('any_severe', 'uniform', 'weighted prior')), done.stderr
-    saved = json.loads((tmp_path/'out/s.json').read_text())
-    assert list(saved) == ['score', 'spinal', 'foraminal', 'subarticular', 'any_severe']
-    assert saved == score(labels, answer(['1', '2'], (.7, .2, .1))) == score_report(tmp_path/'t.csv', tmp_path/'s.csv').loc['submission'].to_dict()
-
-    lines = (tmp_path/'s.csv').read_text().splitlines()
-    (tmp_path/'bad.csv').write_text('\n'.join([*lines[:3], lines[3].replace('0.7', '0.9'), *lines[4:]]) + '\n')
-    for args, said in ((dict(submission=tmp_path/'s.csv'), '--train_csv is needed'),
-                       (dict(train_csv=tmp_path/'t.csv', submission=tmp_path/'bad.csv'), 'row 3 (1_left_neural_foraminal_narrowing_l3_l4): the probabilities do not sum to 1'),
-                       (dict(train_csv=tmp_path/'none.csv', submission=tmp_path/'s.csv'), 'no such file')):
-        with pytest.raises(SystemExit, match='mscan_score: ') as stopped: mscan_score(**args)
-        assert said in stopped.value.code and '\n' not in stopped.value.code
-    done = run('--train_csv', tmp_path/'t.csv', '--submission', tmp_path/'bad.csv')
-    assert done.returncode == 1 and done.stderr.startswith('mscan_score: bad.csv, row 3') and len(done.stderr.splitlines()) == 1 and not done.stdout
