@@ -6,7 +6,7 @@
 __all__ = ['VIEWS', 'SERIES', 'all_crops', 'all_features', 'SideSet', 'one_pass', 'condition_factors', 'side_loss', 'grade_sides',
            'shown']
 
-# %% ../nbs/421_sidegrading.ipynb #c4dd8986
+# %% ../nbs/421_sidegrading.ipynb #0d6db5f2
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,11 +14,10 @@ import pandas as pd
 import torch
 from torch.utils.data import Dataset
 
-from .bilateral import ROLES, both_sides, seen_from
+from .bilateral import both_sides, seen_from
 from .crops import find_centres, study_crops
 from .encoders import encode
 from .images import random_grey, random_warp, warp
-from .rsna import CONDITIONS
 from .sidecrops import Frames, side_crops
 from .training import weighted_ce
 
