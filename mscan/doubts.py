@@ -45,7 +45,7 @@ def add_truth(
     if len(lost): raise TableError(f'the truth lacks {len(lost)} of {len(rows)} labels, the first: {"_".join(lost[KEYS].iloc[0])}')
     return rows.astype({'true_grade': int}).assign(noisy=rows.grade != rows.true_grade)
 
-# %% ../nbs/64_doubts.ipynb #1caa4023
+# %% ../nbs/64_doubts.ipynb #1556ad31
 LIMITS = (.5, .6, .7, .8, .9, .95)
 
 
@@ -71,7 +71,7 @@ def detector_lines(
     noisy, doubt = rows.noisy.to_numpy(), rows.doubt.to_numpy()
     lines = [f'planted noise: {int(noisy.sum())} of {len(rows)} labels ({noisy.mean():.1%}) differ from the true grade', *detector_table(rows).round(3).to_string(index=False).split('\n')]
     for name, figure, chance in (('AUROC', auroc, .5), ('average precision', average_precision, noisy.mean())):
-        v = bootstrap_interval(lambda i: figure(doubt[i], noisy[i]), rows.study_id, draws)
+        v = bootstrap_interval(lambda i, figure=figure: figure(doubt[i], noisy[i]), rows.study_id, draws)
         lines.append(f'doubt as a detector: {name} {v.value:.3f} [{v.low:.3f}, {v.high:.3f}], by chance {chance:.3f}')
     return lines
 
