@@ -331,7 +331,7 @@ def draw_forest(
     ax.set(yticks=-np.arange(len(table)), ylim=(.5 - len(table), .5), xlabel=f'{metric}, 95 % interval; right: paired difference to {reference}')
     ax.set_yticklabels([f'{v} ({p})' for v, p in zip(table.variant, table.points, strict=True)], fontsize=8)
 
-# %% ../nbs/48_compare.ipynb #84a58652
+# %% ../nbs/48_compare.ipynb #ad65fdd1
 def worst_rows(
     rows: pd.DataFrame,  # of `graded_rows`
     n=8,  # rows
@@ -343,7 +343,7 @@ def worst_rows(
 
 def draw_worst(
     figure,  # an empty matplotlib figure, about 6 by 1.9 inches for each mistake of a column
-    rows: pd.DataFrame,  # of `worst_rows`: grade and RISKS
+    rows: pd.DataFrame,  # of `worst_rows`: grade and RISKS; perhaps note, a few words each
     pictures,  # (study_id, row) -> list of images (H, W); what is None stays empty
     columns=2,  # mistakes side by side
     images=4,  # places for images of one mistake
@@ -356,5 +356,6 @@ def draw_worst(
         for ax, image in zip(axes, given, strict=False):
             if image is not None: ax.imshow(image, cmap='gray', vmin=0, vmax=255)
         risk = ', '.join(f'{g} {row[r]:.2f}' for g, r in zip(GRADES, RISKS, strict=True))
-        block.suptitle(f'{row.study_id}, {row.level.upper().replace("_", "/")}: labelled {GRADES[row.grade]}\np_risk {risk}', fontsize=8, y=.95)
+        what, note = ('' if rows.condition.nunique() < 2 else f', {row.condition.replace("_", " ")}'), f'; {row.note}' if 'note' in row else ''
+        block.suptitle(f'{row.study_id}{what}, {row.level.upper().replace("_", "/")}: labelled {GRADES[row.grade]}{note}\np_risk {risk}', fontsize=8, y=.95)
         block.subplots_adjust(left=.02, right=.98, bottom=.02, top=.75, wspace=.04)

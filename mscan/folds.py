@@ -141,7 +141,7 @@ def mean_of_part(
     mine = studies.index[(studies.part == part) & (studies.fold < 0)]
     return average_runs([one.predictions[one.predictions.study_id.isin(mine)] for one in folds])
 
-# %% ../nbs/62_folds.ipynb #4f9eddd2
+# %% ../nbs/62_folds.ipynb #942f80c7
 def beside_prior(
     labels: pd.DataFrame,   # of the studies, graded or not
     answers: pd.DataFrame,  # predictions: 25 rows of every study of labels
@@ -169,7 +169,8 @@ def fold_report(
     draws=1000, seed=0,
 ) -> dict:                # out_of_fold; folds, a list; test, where there are labelled studies outside all folds: of `beside_prior` each
     "Figures of the out-of-fold predictions, of each fold, and of the mean on the test part."
-    of = lambda ids: folds[0].labels[folds[0].labels.study_id.isin(ids)]
+    held = pd.concat([one.labels[one.labels.study_id.map(one.studies.part).isin(HELD_OUT)] for one in folds]).drop_duplicates(KEYS)  # a run may have dropped labels that it trains on, never those it holds out
+    of = lambda ids: held[held.study_id.isin(ids)]
     ids = [sorted(set(oof.study_id[oof.fold == f])) for f in range(len(folds))]
     priors = [prior_rows(one.prior, mine) for one, mine in zip(folds, ids, strict=True)]
     report = dict(out_of_fold=beside_prior(of(oof.study_id), oof, pd.concat(priors), draws, seed),

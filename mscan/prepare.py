@@ -21,6 +21,7 @@ from .dicom import Series, Study, read_study
 from .images import normalise
 from .metrics import prior_table
 from .mirror import conventional, stored_reversed
+from .noise import drop_doubtful
 from .rsna import LEVELS, TableError, discover_studies, read_coordinates, read_descriptions, read_train
 from .split import read_folds, split_folds
 from .workers import pooled
@@ -237,7 +238,7 @@ def clean_points(
     doubtful = pd.concat([doubtful, sides])
     return points, doubtful
 
-# %% ../nbs/10_prepare.ipynb #ef579bfb
+# %% ../nbs/10_prepare.ipynb #c226864f
 def prepare(
     data_dir,                      # competition folder
     out,                           # folder for the products
@@ -252,6 +253,8 @@ def prepare(
     folds: int=0,                  # k folds outside the test part; 0: none
     fold: int=-1,                  # the fold that this run holds out
     folds_csv: str='',             # a user's own folds, see `mscan.split.read_folds`
+    oof_csv: str='',               # held-out predictions that doubt labels, see `mscan.noise`
+    drop_noisy: float=0.,          # leave out labels of the training part that are doubted by more than this; 0: off
 ) -> SimpleNamespace:              # as `load_tables`
     "Read a competition folder into tables and a pixel cache; raises TableError where there is nothing to train on."
     out = Path(out)
@@ -269,6 +272,9 @@ def prepare(
     points, doubtful = clean_points(train.points[train.points.study_id.isin(own)], slices, notes)
     parts = split_folds(labels, validation, test, seed, folds, fold, read_folds(folds_csv) if folds_csv else None)
     part = parts.part
+    labels, noisy = drop_doubtful(labels, part, oof_csv, drop_noisy, notes)
+    (out / 'doubtful_labels.csv').unlink(missing_ok=True)
+    if drop_noisy: noisy.to_csv(out / 'doubtful_labels.csv', index=False)
     studies = pd.DataFrame([dict(study_id=j[2], split=j[1], part=part.get(j[2], 'submission') if j[1] == 'train' else 'submission') for j in jobs])
     studies['fold'] = studies.study_id.map(parts.fold).fillna(-1).astype(int)
     series = slices.groupby(['study_id', 'series_id', 'view'], sort=False).agg(slices=('slice_i', 'size'), stacks=('stack', lambda s: s.max() + 1)).reset_index()
