@@ -8,15 +8,14 @@ __all__ = ['SIDES', 'FORAMEN', 'RECESS', 'SAGITTAL_COSINE', 'FORAMEN_OFFSET_MM',
            'measure_offset', 'row', 'offset_foramina', 'side_errors', 'foramen_targets', 'foramen_loss', 'ForamenSet',
            'best_foramen', 'find_foramina', 'foramen_card', 'load_foramina']
 
-# %% ../nbs/220_foramina.ipynb #954ca5d2
+# %% ../nbs/220_foramina.ipynb #f34df877
 import numpy as np
 import pandas as pd
 import torch
-from torch.utils.data import Dataset
 
 from .geometry import plane_distances, plane_of
-from .images import Preprocess, apply, invert, random_grey, random_warp, warp
-from .keypoints import KeypointNet, disc, heat_maps, peaks, pixel_ce, series_canvases
+from .images import Preprocess, apply, invert
+from .keypoints import CanvasSet, KeypointNet, disc, heat_maps, peaks, pixel_ce, series_canvases
 from .mirror import conventional
 from .projection import MAX_REACH_MM
 from .rsna import LEVELS
@@ -160,9 +159,9 @@ def foramen_loss(
     def loss(model, batch): return pixel_ce(model(batch['image']), batch['points'], batch['presence'], batch['asked'].float(), sigma_px, size_px)
     return loss
 
-# %% ../nbs/220_foramina.ipynb #56811ea3
-class ForamenSet(Dataset):
-    "Canvases of many studies with what each is asked for; augmented if `augment`."
+# %% ../nbs/220_foramina.ipynb #169bc0bd
+class ForamenSet(CanvasSet):
+    "Canvases of many studies with what each is asked for."
     def __init__(self,
         studies: list,     # (series, foramina (2, 5, 3), canal (5, 3)) of each
         prepare: Preprocess,
@@ -172,24 +171,15 @@ class ForamenSet(Dataset):
         augment: bool=False,
         seed: int=0,
     ):
-        self.augment, self.size_px, self.rng, parts = augment, size_px, np.random.default_rng(seed), []
+        rng, parts = np.random.default_rng(seed), []
         for series, foramina, canal in studies:
             series = conventional(series)
             images, matrices, _ = series_canvases(series, prepare, size_px, mm_per_px)
             points, presence, asked = foramen_targets(series, matrices, foramina, canal)
             shown = (presence > 0).any(1)
-            keep = np.concatenate([np.flatnonzero(shown), self.rng.permutation(np.flatnonzero(~shown & asked.any(1)))[:empty]])
+            keep = np.concatenate([np.flatnonzero(shown), rng.permutation(np.flatnonzero(~shown & asked.any(1)))[:empty]])
             parts.append((images[keep], points[keep], presence[keep], asked[keep]))
-        self.images, self.points, self.presence, self.asked = (np.concatenate(a) for a in zip(*parts, strict=True))
-
-    def __len__(self): return len(self.images)
-
-    def __getitem__(self, i):
-        image, points = self.images[i], self.points[i]
-        if self.augment:
-            matrix = random_warp(self.rng, self.size_px, turn_deg=5, scale=.07, shift_px=.02 * self.size_px)
-            image, points = random_grey(warp(image, matrix), self.rng), apply(matrix, points).astype(np.float32)
-        return dict(image=torch.from_numpy(image[None].astype(np.float32) / 255), points=torch.from_numpy(points), presence=torch.from_numpy(self.presence[i]), asked=torch.from_numpy(self.asked[i]))
+        super().__init__(parts, ('presence', 'asked'), augment, rng)
 
 # %% ../nbs/220_foramina.ipynb #2edbbc0a
 PRIOR_MM, PRIOR_SD_MM = 16.8, 6.   # from the canal point along patient x: real foramina lie 8 to 23 mm away

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['ON_SLICE_MM', 'OFF_SLICE_MM', 'PRESENT', 'NONE', 'UNASKED', 'GAP_MM', 'GAP_SD_MM', 'SHIFT_MARGIN', 'series_canvases',
-           'slice_targets', 'canal_points', 'KeypointNet', 'pixel_ce', 'keypoint_loss', 'SliceSet', 'peaks',
-           'best_chain', 'heat_maps', 'find_points', 'disc', 'keypoint_card', 'load_keypoints', 'load_encoder_weights']
+           'slice_targets', 'canal_points', 'KeypointNet', 'pixel_ce', 'keypoint_loss', 'CanvasSet', 'SliceSet',
+           'peaks', 'best_chain', 'heat_maps', 'find_points', 'disc', 'keypoint_card', 'load_keypoints',
+           'load_encoder_weights']
 
 # %% ../nbs/20_keypoints.ipynb #793f187f
 from pathlib import Path
@@ -114,9 +115,31 @@ def keypoint_loss(
         return pixel_ce(model(batch['image']), batch['points'], (state == PRESENT).float(), (state != UNASKED).float(), sigma_px, size_px)
     return loss
 
-# %% ../nbs/20_keypoints.ipynb #5c99c954
-class SliceSet(Dataset):
-    "Canvases of many studies with their points; augmented if `rng` is given."
+# %% ../nbs/20_keypoints.ipynb #ddc3735a
+class CanvasSet(Dataset):
+    "Canvases with their points and whatever else belongs to a slice; in training turned, scaled, shifted and regraded."
+    def __init__(self,
+        parts: list,       # tuples (images (n, size, size), points (n, 5, 2), one array (n, ...) for each of `names`), a study each
+        names: tuple,      # what the further arrays are called, in a batch and as attributes
+        augment: bool=False,
+        rng=None,          # of the augmentation
+    ):
+        self.names, self.augment, self.rng = names, augment, rng
+        self.images, self.points, *others = (np.concatenate(a) for a in zip(*parts, strict=True))
+        for name, a in zip(names, others, strict=True): setattr(self, name, a)
+
+    def __len__(self): return len(self.images)
+
+    def __getitem__(self, i):
+        image, points, size_px = self.images[i], self.points[i], self.images.shape[1]
+        if self.augment:
+            matrix = random_warp(self.rng, size_px, turn_deg=5, scale=.07, shift_px=.02 * size_px)
+            image, points = random_grey(warp(image, matrix), self.rng), apply(matrix, points).astype(np.float32)
+        return dict(image=torch.from_numpy(image[None].astype(np.float32) / 255), points=torch.from_numpy(points), **{n: torch.from_numpy(getattr(self, n)[i]) for n in self.names})
+
+
+class SliceSet(CanvasSet):
+    "Canvases of many studies with the canal points and, in `state`, whether each is there."
     def __init__(self,
         studies: list,     # (series, xyz_mm (5, 3)) pairs
         prepare: Preprocess,
@@ -126,24 +149,14 @@ class SliceSet(Dataset):
         augment: bool=False,
         seed: int=0,
     ):
-        self.augment, self.size_px, self.rng = augment, size_px, np.random.default_rng(seed)
-        images, points, states = [], [], []
+        rng, parts = np.random.default_rng(seed), []
         for series, xyz in studies:
             canvases, matrices, _ = series_canvases(series, prepare, size_px, mm_per_px)
             p, s = slice_targets(series, matrices, xyz)
             off = np.flatnonzero((s == NONE).all(1))
-            keep = np.concatenate([np.flatnonzero((s == PRESENT).any(1)), self.rng.permutation(off)[:lateral]])
-            images.append(canvases[keep]); points.append(p[keep]); states.append(s[keep])
-        self.images, self.points, self.states = (np.concatenate(a) for a in (images, points, states))
-
-    def __len__(self): return len(self.images)
-
-    def __getitem__(self, i):
-        image, points = self.images[i], self.points[i]
-        if self.augment:
-            matrix = random_warp(self.rng, self.size_px, turn_deg=5, scale=.07, shift_px=.02 * self.size_px)
-            image, points = random_grey(warp(image, matrix), self.rng), apply(matrix, points).astype(np.float32)
-        return dict(image=torch.from_numpy(image[None].astype(np.float32) / 255), points=torch.from_numpy(points), state=torch.from_numpy(self.states[i]))
+            keep = np.concatenate([np.flatnonzero((s == PRESENT).any(1)), rng.permutation(off)[:lateral]])
+            parts.append((canvases[keep], p[keep], s[keep]))
+        super().__init__(parts, ('state',), augment, rng)
 
 # %% ../nbs/20_keypoints.ipynb #66700b20
 GAP_MM, GAP_SD_MM = 28., 7.   # distance of neighbouring canal points: 21 to 36 mm on real studies, 28 on average

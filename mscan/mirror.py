@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BY_CONVENTION', 'stored_reversed', 'turned', 'conventional', 'conventional_study', 'rearranged', 'restored',
-           'reflected', 'mirror']
+           'reflected', 'reflected_points', 'mirror']
 
 # %% ../nbs/025_mirror.ipynb #bd9004a5
 from dataclasses import replace
@@ -72,7 +72,7 @@ def restored(
     other = turned(series, np.tile([columns, rows], (len(series), 1)))
     return replace(rearranged(other, np.arange(len(series))[::-1]), instance_number=series.instance_number) if order else other
 
-# %% ../nbs/025_mirror.ipynb #2bf555bb
+# %% ../nbs/025_mirror.ipynb #3f1785a3
 def reflected(
     series,
     x_mm: float,  # of the mirror, a sagittal plane; one for all series of a study
@@ -80,6 +80,14 @@ def reflected(
     "The series of the mirrored patient, stored by convention, in the order of the given slices."
     turn = np.array([-1., 1., 1.])
     return conventional(replace(series, image_position=series.image_position * turn + [2 * x_mm, 0, 0], image_orientation=series.image_orientation * np.tile(turn, 2)))
+
+
+def reflected_points(
+    xyz_mm,       # (..., 3) mm
+    x_mm: float,  # of the mirror
+):                # (..., 3) mm; its own inverse
+    "Places of the mirrored patient."
+    return np.asarray(xyz_mm, float) * [-1., 1., 1.] + [2 * x_mm, 0., 0.]
 
 
 def mirror(

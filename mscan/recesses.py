@@ -6,7 +6,7 @@
 __all__ = ['RECESS_OFFSET_MM', 'SAME_PLACE_GAPS', 'MAX_AWAY_MM', 'DOUBT_MM', 'offset_recesses', 'RecessNet', 'recess_loss',
            'RecessSet', 'Windows', 'recess_windows', 'recess_answers', 'find_recesses', 'recess_card', 'load_recesses']
 
-# %% ../nbs/221_recesses.ipynb #fcc0f058
+# %% ../nbs/221_recesses.ipynb #7a9e2a6a
 import numpy as np
 import pandas as pd
 import torch
@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 from .foramina import COLUMNS, MIN_CONFIDENCE, RECESS, SIDES, aside, row
 from .geometry import plane_of
 from .images import Preprocess, apply, crop, invert, random_grey, random_warp, warp
-from .mirror import conventional, reflected
+from .mirror import conventional, reflected, reflected_points
 from .projection import stack_gap
 from .rsna import LEVELS
 from .training import INTENDED_USE, load_card, load_weights
@@ -141,7 +141,7 @@ def recess_windows(
 MAX_AWAY_MM = 14.      # from where the offset looks: of the labelled recesses of 420 phantom studies 99.9 % lie within 11.4 mm
 DOUBT_MM = 4.          # the two answers so far apart: confidence falls to 1/e
 
-# %% ../nbs/221_recesses.ipynb #3b666e0c
+# %% ../nbs/221_recesses.ipynb #1580ada3
 @torch.no_grad()
 def recess_answers(
     net: RecessNet,
@@ -152,7 +152,7 @@ def recess_answers(
     mirror_x=None,         # mm; where given, the mirrored patient is asked and the answer brought back
 ):                         # (n, 2, 3) mm, left first
     "What the network says about every chosen slice."
-    back = (lambda xyz: xyz) if mirror_x is None else (lambda xyz: xyz * np.array([-1., 1., 1.]) + [2 * mirror_x, 0, 0])   # its own inverse
+    back = (lambda xyz: xyz) if mirror_x is None else (lambda xyz: reflected_points(xyz, mirror_x))
     windows, canal = Windows(study, prepare, size_px, mirror_x), back(np.asarray(canal_xyz_mm, float))
     cuts = [windows.cut(r.series_id, r.slice_i, canal[LEVELS.index(r.level)]) for r in chosen.itertuples()]
     images = torch.from_numpy(np.stack([c[0] for c in cuts])[:, None]).to(device).float() / 255

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FORAMEN_MM', 'RECESS_MM', 'BESIDE', 'SIDE_VIEWS', 'Frames', 'outwards', 'side_crops', 'training_side_crops']
 
-# %% ../nbs/310_sidecrops.ipynb #c518bafb
+# %% ../nbs/310_sidecrops.ipynb #fc474a07
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -16,11 +16,11 @@ from .crops import MARGIN, MIN_INSIDE, Pictures
 from .foramina import FORAMEN, RECESS, SIDES
 from .geometry import plane_of
 from .images import Preprocess
-from .mirror import reflected
+from .mirror import reflected, reflected_points
 from .projection import SLICES
 from .rsna import LEVELS
 
-# %% ../nbs/310_sidecrops.ipynb #63878bc6
+# %% ../nbs/310_sidecrops.ipynb #82c55ecf
 FORAMEN_MM, RECESS_MM = 50., 50.   # whole side of a crop
 BESIDE = (-1, 0, 1)                # sagittal slices of a foramen, from the middle outwards, relative to its own
 SIDE_VIEWS = dict(foramen=(FORAMEN, FORAMEN_MM), recess=(RECESS, RECESS_MM))  # view -> condition without its side, mm
@@ -43,7 +43,7 @@ class Frames:
         xyz_mm,       # (..., 3) mm
     ):
         "A place of the patient in a frame."
-        return np.asarray(xyz_mm, float) * [-1., 1., 1.] + [2 * self.x_mm, 0, 0] if frame else np.asarray(xyz_mm, float)
+        return reflected_points(xyz_mm, self.x_mm) if frame else np.asarray(xyz_mm, float)
 
     def cut(self, frame: int, series_id: str, slice_i: int, xyz_mm, side_mm: float, size_px: int):
         "(crop, share inside) round a place of the patient."

@@ -6,7 +6,7 @@
 __all__ = ['VARIANTS', 'TABLE_1', 'GROUPS', 'Variant', 'chosen_variants', 'label_places', 'moved_places', 'FeatureBank',
            'EndToEnd', 'StudyCrops', 'train_variant', 'blend', 'encoder_answer', 'answer', 'probed', 'answer_rows']
 
-# %% ../nbs/45_variants.ipynb #38205093
+# %% ../nbs/45_variants.ipynb #316dad84
 import copy
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -19,8 +19,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from .crops import canal_midpoints, find_centres
 from .crossattention import PROBES, build_model, probe
+from .encoders import augmented
 from .geometry import plane_of
-from .grading import StudySet, augmented, grade_features, study_features, study_loss
+from .grading import StudySet, grade_features, study_features, study_loss
 from .metrics import RISKS, floor_probabilities, p_risk
 from .projection import choose_slices
 from .rsna import LEVELS, PROBS
