@@ -42,9 +42,9 @@ def axial_slice(
     own = np.flatnonzero(axial.stack == np.bincount(axial.stack).argmax())
     return int(own[len(own) // 2])
 
-# %% ../nbs/111_thumbnails.ipynb #b9394df5
+# %% ../nbs/111_thumbnails.ipynb #abd9be8a
 SIDE = 208      # pixels of the longer side: 300 mm at 1.4 mm a pixel, where a disc is 6 pixels high
-QUALITY = 45    # of WebP; 3 to 5 kB a picture
+QUALITY = 45    # of WebP; 3 to 5 kB a picture as data URI
 
 
 def thumbnail(
