@@ -108,7 +108,7 @@ def study_line(
             f'<small>{e(record["split"])} · {plural(len(record["series"]), "series")} · {plural(slices, "slice")}</small></header>'
             f'<ul class="flags">{found}</ul><div>{series_table(record["series"])}</div><div class="pics">{shown}</div></article>\n')
 
-# %% ../nbs/112_page.ipynb #71da6ce1
+# %% ../nbs/112_page.ipynb #fc50df36
 FIRST = 8   # studies named at the top
 
 
@@ -128,7 +128,7 @@ def first_panel(
     need = [r for r in records if r['severity'] != 'fine']
     rows = ''.join(f'<li>{_badge(r["severity"])} <a href="#s{k}"><b>{escape(r["study_id"])}</b></a> {escape(r["flags"][0]["sentence"])}'
                    + (f' <small>and {len(r["flags"]) - 1} more</small>' if len(r['flags']) > 1 else '') + '</li>' for k, r in enumerate(need[:FIRST]))
-    more = f'<p class="dim">{plural(len(need) - FIRST, "more study").replace("more studys", "more studies")} below, in this order.</p>' if len(need) > FIRST else ''
+    more = f'<p class="dim">{len(need) - FIRST:,} more below, in this order.</p>' if len(need) > FIRST else ''
     return f'<section class="panel"><h2>Look here first</h2>{f"<ol class=first>{rows}</ol>{more}" if need else "<p>No study needs a look.</p>"}</section>'
 
 
