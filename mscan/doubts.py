@@ -92,7 +92,7 @@ def condition_crops(
     crops = [(None, 0.) if i is None else cut(r, i) for r, i in places]
     return [image if inside >= MIN_INSIDE else None for image, inside in crops]
 
-# %% ../nbs/64_doubts.ipynb #a4f75af6
+# %% ../nbs/64_doubts.ipynb #f6263a78
 def side_pictures(
     manifests: dict,  # of `evaluate.finished`: 10_prepare, 22_sides, 30_crops
 ):  # (study_id, row with condition and level) -> crops of `condition_crops`
@@ -116,7 +116,7 @@ def side_pictures(
         return condition_crops(made[study_id], t[(t.study_id == study_id) & (t.condition == row.condition) & (t.level == row.level)], what)
     return pictures
 
-
+# %% ../nbs/64_doubts.ipynb #6b3f4da3
 def doubt_pictures(
     run_dir,  # of a run, or of mscan_folds
 ):  # (study_id, row) -> at most four crops, for `compare.draw_worst`
