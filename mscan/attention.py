@@ -81,7 +81,7 @@ def study_logits(
     left, right = (net(*({r: a[None] for r, a in seen_from(t, side).items()} for t in (features, masks)))[0] for side in (0, 1))   # (T, 3, G)
     return torch.stack([(left[:, 0] + right[:, 0]) / 2, left[:, 1], right[:, 1], left[:, 2], right[:, 2]], 1)
 
-# %% ../nbs/655_attention.ipynb #6358ae3e
+# %% ../nbs/655_attention.ipynb #da5c40c8
 VIEWS_OF = (('sagittal', 'axial'), ('foramen',), ('foramen',), ('recess',), ('recess',))  # crops that a condition's map is drawn on, in the order of CONDITIONS
 
 
@@ -120,6 +120,7 @@ def grad_cams(
             for condition in conditions:
                 k, c = conditions.index(condition), CONDITIONS.index(condition)
                 views = [v for v in VIEWS_OF[c] if v in maps and len(maps[v])]
+                if not views: continue                                                    # no crop of this kind in the whole study
                 for j, level in enumerate(LEVELS):
                     for v, g in zip(views, torch.autograd.grad(score[j, k], [maps[v] for v in views], retain_graph=True, allow_unused=True), strict=True):
                         if g is None: continue

@@ -20,7 +20,7 @@ from .metrics import RISKS
 from .review import SCATTER, UNSURE, VIEW_GAP
 from .rsna import CONDITIONS, GRADES, LEVELS, PROBS, csv_level
 
-# %% ../nbs/665_htmlpage.ipynb #ca675aef
+# %% ../nbs/665_htmlpage.ipynb #6d638335
 RESEARCH = 'For research, not for diagnosis.'
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 STYLE = '''
@@ -28,11 +28,11 @@ STYLE = '''
 h1{font-size:25px;margin:0 0 4px}h2{font-size:19px;margin:30px 0 8px;border-bottom:2px solid #16202a;padding-bottom:3px}h3{font-size:15px;margin:14px 0 6px}p{margin:6px 0;max-width:78em}
 .research{border:2px solid #a11;color:#a11;font-weight:700;padding:6px 12px;display:inline-block;margin:8px 0}.small,figcaption,caption{font-size:12.5px;color:#44505c}
 table{border-collapse:collapse;margin:8px 0}th,td{border:1px solid #c5ccd3;padding:4px 7px;text-align:left;vertical-align:top}th{background:#eef1f4;font-weight:600}caption{text-align:left;caption-side:bottom;padding-top:4px}
-.grades{width:100%;table-layout:fixed}.grades th:first-child{width:66px}.bar{width:100%;height:11px;display:block;border:1px solid #8a949d;margin:3px 0}.grade{font-weight:600}
-.review{box-shadow:inset 4px 0 0 #7a1fa2;background:#f7effa}.flag{color:#7a1fa2;font-weight:700}.fallback{background:repeating-linear-gradient(135deg,#fff,#fff 6px,#eceff1 6px,#eceff1 12px)}.fallback .grade{font-weight:400}
-.key span.dot{display:inline-block;width:12px;height:12px;border:1px solid #555;vertical-align:-1px;margin:0 4px 0 12px}
+.grades{width:100%;table-layout:fixed}.grades:not(.answers) th:first-child{width:66px}.index th:nth-child(n+2):nth-child(-n+4){min-width:150px}.bar{width:100%;height:11px;display:block;border:1px solid #8a949d;margin:3px 0}.grade{font-weight:600}
+.review{box-shadow:inset 4px 0 0 #7a1fa2;background:#f7effa}.flag{color:#7a1fa2;font-weight:700}.fallback{background:repeating-linear-gradient(135deg,#fff,#fff 5px,#dde2e6 5px,#dde2e6 10px)}.fallback .grade{font-weight:400}
+.key span.fallback{background:repeating-linear-gradient(135deg,#fff,#fff 2px,#99a3ac 2px,#99a3ac 4px)}.key span.dot{display:inline-block;width:12px;height:12px;border:1px solid #555;vertical-align:-1px;margin:0 4px 0 12px}
 .row{display:flex;flex-wrap:wrap;gap:12px;align-items:flex-start}figure{margin:0}.slice{display:block;width:100%;background:#000}.spine figure{width:340px}.axial figure{width:238px}
-.crop{background:#f3f5f7;padding:5px}.pair{display:flex;gap:3px}.pair img,.absent{width:118px;height:118px}.crop figcaption{max-width:239px}.absent{display:flex;align-items:center;justify-content:center;background:#dfe3e7;color:#55606b}
+.crops{margin-bottom:10px}.crop{background:#f3f5f7;padding:5px}.pair{display:flex;gap:3px}.pair img,.absent{width:118px;height:118px}.crop figcaption{max-width:239px}.absent{display:flex;align-items:center;justify-content:center;background:#dfe3e7;color:#55606b}
 .level{break-inside:avoid}.level h2{border-bottom-width:4px}.weights td,.weights th{padding:3px 6px;text-align:right;font-size:13px}.rows td,.rows th{font-size:12px;padding:2px 5px}.num{text-align:right;white-space:nowrap}
 a{color:#0b4f8a}@media print{body{max-width:none;padding:0;font-size:11.5px}*{print-color-adjust:exact;-webkit-print-color-adjust:exact}tr,figure,.answers{break-inside:avoid}.spine figure{width:250px}.axial figure{width:170px}.pair img,.absent{width:84px;height:84px}.crop figcaption{max-width:171px}}
 @page{size:A4;margin:12mm}
@@ -48,7 +48,7 @@ def page(
               ft('title', title), ft('style', NotStr(STYLE)))
     return '<!doctype html>\n' + to_xml(ft('html', head, ft('body', *body), lang='en'), indent=False)
 
-# %% ../nbs/665_htmlpage.ipynb #b5368577
+# %% ../nbs/665_htmlpage.ipynb #4cc180fd
 ACROSS = (2, 4, 0, 3, 1)   # places in CONDITIONS from the patient's right to his left
 
 
@@ -88,11 +88,17 @@ def key_line():
               ft('span', '', cls='dot review', style='margin-left:24px'), 'marked for review', ft('span', '', cls='dot fallback', style='margin-left:24px'), 'not the model\'s answer; numbers: chances of the three grades (p_risk)', cls='key small')
 
 
-def review_list(rows: pd.DataFrame):
-    "The marked rows with their reasons."
-    marked = rows[rows.review]
-    if not len(marked): return ft('p', 'No answer of the model is marked for review.')
-    return ft('ul', *[ft('li', f'{csv_level(r.level)}, {name_of(r.condition)}: {r.why}' + (f' ({r.reason})' if r.source != 'model' and r.reason else '')) for r in marked.sort_values('level', key=lambda s: s.map(LEVELS.index), kind='stable').itertuples()], cls='small')
+def review_list(
+    rows: pd.DataFrame,  # marked rows of one study, or of one level
+):
+    "The marked rows with their reasons, those of a level that share a reason in one line."
+    order, lines = [CONDITIONS[k] for k in ACROSS], []
+    for level in LEVELS:
+        shared = {}
+        for r in sorted(rows[rows.review & (rows.level == level)].itertuples(), key=lambda r: order.index(r.condition)):
+            for text in r.why.split('; '): shared.setdefault(text, []).append(name_of(r.condition))
+        lines += [ft('li', f"{csv_level(level)}, {'all five' if len(names) == len(CONDITIONS) else ', '.join(names)}: {text}") for text, names in shared.items()]
+    return ft('ul', *lines, cls='small') if lines else ft('p', 'No answer is marked for review.')
 
 # %% ../nbs/665_htmlpage.ipynb #527fa5ee
 def spine_section(found):
@@ -119,7 +125,7 @@ def axial_figure(found, r):
     caption = f'axial T2, series {r.series_id}, instance {series.instance_number[r.slice_i]}, {r.distance_mm:.1f} mm from the point'
     return ft('figure', slice_svg(series.pixels[r.slice_i], spacing, *marks, title=caption, max_px=360, quality=82), ft('figcaption', caption))
 
-# %% ../nbs/665_htmlpage.ipynb #2b2e7282
+# %% ../nbs/665_htmlpage.ipynb #91ded324
 def strongest(
     cams: dict,  # of `mscan.attention.grad_cams`
 ) -> dict:       # (kind of condition, view) -> float
@@ -132,7 +138,7 @@ def strongest(
 
 
 def crop_figures(found, level: str, most: dict) -> list:
-    "Crops of a level from the patient's right to left: foramen, recess, canal, recess, foramen."
+    "Crops of a level: those of the canal, and those of the sides from the patient's right to left."
     j, shown, figures = LEVELS.index(level), found.shown, []
     both = hasattr(shown, 'foramen_mask')
     def add(condition, view, image, there, place, caption, mirrored=False):
@@ -145,12 +151,11 @@ def crop_figures(found, level: str, most: dict) -> list:
         t = t[(t.pass_i == 0) & (t.level == level) & t.used.astype(bool)].sort_values('distance_mm', kind='stable')
         s = int(t['rank'].iloc[0]) if len(t) else 0
         add(condition, 'recess', shown.recess[k, 0, j, s], shown.recess_mask[k, 0, j, s], s, f'{name_of(condition)}, nearest axial slice', mirrored=k == 1)
-    if both: side(1, 'foramen'); side(1, 'recess')
     add(CONDITIONS[0], 'sagittal', shown.sagittal[j], shown.sagittal_mask[j], 0, f'canal, sagittal, {SAGITTAL_MM:.0f} mm')
     axial, mask = (shown.axial[0, 0, j], shown.axial_mask[0, 0, j]) if both else (shown.axial[0, j], shown.axial_mask[0, j])
     for s in range(len(mask)): add(CONDITIONS[0], 'axial', axial[s], mask[s], s, f'canal, axial {s + 1} of {len(mask)}, {AXIAL_MM:.0f} mm')
-    if both: side(0, 'recess'); side(0, 'foramen')
-    return figures
+    if both: side(1, 'foramen'); side(1, 'recess'); side(0, 'recess'); side(0, 'foramen')
+    return [figures[:1 + len(mask)], figures[1 + len(mask):]]
 
 
 def level_section(found, level: str, most: dict):
@@ -158,13 +163,12 @@ def level_section(found, level: str, most: dict):
     rows = found.rows[found.rows.level == level].set_index('condition')
     order = [CONDITIONS[k] for k in ACROSS]
     answers = ft('table', ft('tr', *[ft('th', name_of(c)) for c in order]), ft('tr', *[grade_cell(rows.loc[c].to_dict(), c in found.conditions) for c in order]), cls='grades answers')
-    why = [ft('li', f'{name_of(c)}: {rows.why[c]}') for c in order if rows.review[c]]
     chosen = found.located.centres
     chosen = chosen[(chosen.pass_i == 0) & (chosen.level == level) & chosen.used.astype(bool)].sort_values('rank') if len(chosen) else chosen
     axial = [ft('div', *[axial_figure(found, r) for r in chosen.itertuples()], cls='row axial')] if len(chosen) else [ft('p', 'No axial slice reaches this level.')]
     flag = [ft('span', ' ⚑ review', cls='flag')] if rows.review.any() else []
-    return ft('section', ft('h2', csv_level(level), *flag, style=f'border-color:{LEVEL_COLOURS[level]}'), answers, *([ft('ul', *why, cls='small')] if why else []), ft('h3', 'Axial slices, head to foot; the square is what is cropped'), *axial,
-              ft('h3', 'Crops, and where "Moderate or worse" would change'), ft('div', *crop_figures(found, level, most), cls='row'), cls='level')
+    return ft('section', ft('h2', csv_level(level), *flag, style=f'border-color:{LEVEL_COLOURS[level]}'), answers, *([review_list(rows.reset_index())] if rows.review.any() else []), ft('h3', 'Axial slices, head to foot; the square is what is cropped'), *axial,
+              ft('h3', 'Crops, and where "Moderate or worse" would change'), *[ft('div', *figures, cls='row crops') for figures in crop_figures(found, level, most)], cls='level')
 
 # %% ../nbs/665_htmlpage.ipynb #e381435a
 NAMES = dict(axial_to_sagittal='axial levels (rows) ask sagittal levels (columns)', sagittal_to_axial='sagittal levels (rows) ask axial levels (columns)', roles='views (rows) ask views (columns), mean over levels')
@@ -206,7 +210,7 @@ def rows_table(rows: pd.DataFrame):
 RULE = (f'An answer is marked for review when (1) its most probable grade has less than {UNSURE:.0%}; (2) one network or axial pass alone lies more than {SCATTER:.0%} from the mean of all; (3) canal: sagittal alone and axial alone lie more than {VIEW_GAP:.0%} apart and name another grade '
         '(asked only of models trained with hidden views); (4) something speaks against the place of its level; or (5) the model grades this condition, but not here, and a fallback stands in its place. A mark is a request to look, not a finding; an answer without a mark may be wrong.')
 
-# %% ../nbs/665_htmlpage.ipynb #cc720249
+# %% ../nbs/665_htmlpage.ipynb #73ed3130
 def study_page(
     found,          # of `mscan.report.examine`
 ) -> str:
@@ -240,4 +244,4 @@ def index_page(
         return ft('tr', ft('td', ft('a', s, href=files[s])), *cells, ft('td', str(int(t.review.sum())), cls='num'), ft('td', str(fallen), cls='num'), ft('td', '; '.join(reasons[s]), cls='small'))
     body = [line(s, t) for s, t in rows.groupby('study_id', sort=False)]
     return page(f'{run}: {len(body)} studies', ft('h1', f'{run}: {len(body)} studies'), ft('div', RESEARCH + ' Not a medical device.', cls='research'), ft('p', f'{int(rows.review.sum())} of {len(rows)} answers are marked for review. The worst answer of each kind, by its chances:'),
-                ft('table', ft('tr', *[ft('th', w) for w in ('study', *kinds, 'for review', 'fallbacks', 'quality')]), *body), key_line(), ft('p', RULE, cls='small'))
+                ft('table', ft('tr', *[ft('th', w) for w in ('study', *kinds, 'for review', 'fallbacks', 'quality')]), *body, cls='index'), key_line(), ft('p', RULE, cls='small'))
