@@ -20,7 +20,7 @@ from .metrics import RISKS
 from .review import SCATTER, UNSURE, VIEW_GAP
 from .rsna import CONDITIONS, GRADES, LEVELS, PROBS, csv_level
 
-# %% ../nbs/665_htmlpage.ipynb #6d638335
+# %% ../nbs/665_htmlpage.ipynb #8e06b660
 RESEARCH = 'For research, not for diagnosis.'
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 STYLE = '''
@@ -34,7 +34,7 @@ table{border-collapse:collapse;margin:8px 0}th,td{border:1px solid #c5ccd3;paddi
 .row{display:flex;flex-wrap:wrap;gap:12px;align-items:flex-start}figure{margin:0}.slice{display:block;width:100%;background:#000}.spine figure{width:340px}.axial figure{width:238px}
 .crops{margin-bottom:10px}.crop{background:#f3f5f7;padding:5px}.pair{display:flex;gap:3px}.pair img,.absent{width:118px;height:118px}.crop figcaption{max-width:239px}.absent{display:flex;align-items:center;justify-content:center;background:#dfe3e7;color:#55606b}
 .level{break-inside:avoid}.level h2{border-bottom-width:4px}.weights td,.weights th{padding:3px 6px;text-align:right;font-size:13px}.rows td,.rows th{font-size:12px;padding:2px 5px}.num{text-align:right;white-space:nowrap}
-a{color:#0b4f8a}@media print{body{max-width:none;padding:0;font-size:11.5px}*{print-color-adjust:exact;-webkit-print-color-adjust:exact}tr,figure,.answers{break-inside:avoid}.spine figure{width:250px}.axial figure{width:170px}.pair img,.absent{width:84px;height:84px}.crop figcaption{max-width:171px}}
+a{color:#0b4f8a}@media print{body{max-width:none;padding:0;font-size:11.5px}*{print-color-adjust:exact;-webkit-print-color-adjust:exact}tr,figure,.answers,.weights{break-inside:avoid}h2,h3{break-after:avoid}.spine figure{width:250px}.axial figure{width:170px}.pair img,.absent{width:84px;height:84px}.crop figcaption{max-width:171px}}
 @page{size:A4;margin:12mm}
 '''
 
@@ -170,7 +170,7 @@ def level_section(found, level: str, most: dict):
     return ft('section', ft('h2', csv_level(level), *flag, style=f'border-color:{LEVEL_COLOURS[level]}'), answers, *([review_list(rows.reset_index())] if rows.review.any() else []), ft('h3', 'Axial slices, head to foot; the square is what is cropped'), *axial,
               ft('h3', 'Crops, and where "Moderate or worse" would change'), *[ft('div', *figures, cls='row crops') for figures in crop_figures(found, level, most)], cls='level')
 
-# %% ../nbs/665_htmlpage.ipynb #e381435a
+# %% ../nbs/665_htmlpage.ipynb #25cbc55c
 NAMES = dict(axial_to_sagittal='axial levels (rows) ask sagittal levels (columns)', sagittal_to_axial='sagittal levels (rows) ask axial levels (columns)', roles='views (rows) ask views (columns), mean over levels')
 
 
@@ -202,8 +202,9 @@ def rows_table(rows: pd.DataFrame):
     "All 25 rows in numbers."
     three = lambda r, names: ' '.join(f'{getattr(r, n):.3f}' for n in names)
     number = lambda v: '' if pd.isna(v) else f'{v:.2f}'
-    head = ft('tr', *[ft('th', w) for w in ('condition', 'level', 'p_risk', 'p_score', 'source', 'answers differ by', 'views differ by', 'review', 'slices (series/instance)', 'reason')])
-    line = lambda r: ft('tr', ft('td', name_of(r.condition)), ft('td', csv_level(r.level)), ft('td', three(r, RISKS), cls='num'), ft('td', three(r, PROBS), cls='num'), ft('td', r.source), ft('td', number(r.scatter), cls='num'), ft('td', number(r.view_gap), cls='num'), ft('td', r.why), ft('td', r.slices), ft('td', r.reason))
+    head = ft('tr', *[ft('th', w) for w in ('condition', 'level', 'p_risk', 'p_score', 'answers differ by', 'views differ by', 'review', 'slices (series/instance), or source and reason')])
+    origin = lambda r: r.slices if r.source == 'model' else '; '.join(filter(None, (r.source, r.reason)))
+    line = lambda r: ft('tr', ft('td', name_of(r.condition)), ft('td', csv_level(r.level)), ft('td', three(r, RISKS), cls='num'), ft('td', three(r, PROBS), cls='num'), ft('td', number(r.scatter), cls='num'), ft('td', number(r.view_gap), cls='num'), ft('td', '⚑' if r.review else ''), ft('td', origin(r)))
     return ft('table', head, *map(line, rows.itertuples()), cls='rows')
 
 
