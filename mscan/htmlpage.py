@@ -7,7 +7,7 @@ __all__ = ['RESEARCH', 'POLICY', 'STYLE', 'ACROSS', 'NAMES', 'RULE', 'page', 'na
            'key_line', 'review_list', 'spine_section', 'axial_figure', 'strongest', 'crop_figures', 'level_section',
            'attention_section', 'quality_section', 'rows_table', 'study_page', 'index_page']
 
-# %% ../nbs/665_htmlpage.ipynb #60aff78a
+# %% ../nbs/665_htmlpage.ipynb #98780961
 import numpy as np
 import pandas as pd
 from fastcore.xml import NotStr, ft, to_xml
@@ -15,7 +15,6 @@ from fastcore.xml import NotStr, ft, to_xml
 from .bilateral import ROLES
 from .crops import AXIAL_MM, SAGITTAL_MM
 from .figures import GRADE_COLOURS, LEVEL_COLOURS, bar_svg, crop_figure, drawn_mm, point_mark, sagittal_svg, slice_svg, square_mark, weights_table
-from .geometry import plane_distances, plane_of
 from .metrics import RISKS
 from .review import SCATTER, UNSURE, VIEW_GAP
 from .rsna import CONDITIONS, GRADES, LEVELS, PROBS, csv_level
@@ -48,7 +47,7 @@ def page(
               ft('title', title), ft('style', NotStr(STYLE)))
     return '<!doctype html>\n' + to_xml(ft('html', head, ft('body', *body), lang='en'), indent=False)
 
-# %% ../nbs/665_htmlpage.ipynb #4cc180fd
+# %% ../nbs/665_htmlpage.ipynb #72dc46fa
 ACROSS = (2, 4, 0, 3, 1)   # places in CONDITIONS from the patient's right to his left
 
 
@@ -81,7 +80,7 @@ def grade_table(
     lines = [ft('tr', ft('th', csv_level(level), scope='row'), *[grade_cell(by[c, level], c in conditions) for c in order]) for level in LEVELS]
     return ft('table', head, *lines, cls='grades')
 
-
+# %% ../nbs/665_htmlpage.ipynb #18de7fb2
 def key_line():
     "What the colours mean."
     return ft('p', *[x for g, c in zip(GRADES, GRADE_COLOURS, strict=True) for x in (ft('span', '', cls='dot', style=f'background:{c}'), g)],
@@ -125,7 +124,7 @@ def axial_figure(found, r):
     caption = f'axial T2, series {r.series_id}, instance {series.instance_number[r.slice_i]}, {r.distance_mm:.1f} mm from the point'
     return ft('figure', slice_svg(series.pixels[r.slice_i], spacing, *marks, title=caption, max_px=360, quality=82), ft('figcaption', caption))
 
-# %% ../nbs/665_htmlpage.ipynb #91ded324
+# %% ../nbs/665_htmlpage.ipynb #3c0f070c
 def strongest(
     cams: dict,  # of `mscan.attention.grad_cams`
 ) -> dict:       # (kind of condition, view) -> float
@@ -136,7 +135,7 @@ def strongest(
         most[key] = max([most.get(key, 0.), *(float(m.max()) for m in maps.values())])
     return most
 
-
+# %% ../nbs/665_htmlpage.ipynb #29069863
 def crop_figures(found, level: str, most: dict) -> list:
     "Crops of a level: those of the canal, and those of the sides from the patient's right to left."
     j, shown, figures = LEVELS.index(level), found.shown, []

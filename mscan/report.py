@@ -31,7 +31,7 @@ from .runs import read_manifest
 from .submission import GRADING, member_runs, predict_members, read_normalised
 from .training import pick_device
 
-# %% ../nbs/66_report.ipynb #d87764b7
+# %% ../nbs/66_report.ipynb #a9a21dcc
 SHOWN_PX = 160   # side of a crop on the page
 
 
@@ -53,7 +53,7 @@ def show(found: SimpleNamespace, models: SimpleNamespace, asked: SimpleNamespace
     found.cams = grad_cams(asked.seen, models.encoders, models.nets, list(models.conditions), models.device)
     found.cells = {v: next(iter(m.values())).shape for (_, _, v), m in found.cams.items() if m}
 
-
+# %% ../nbs/66_report.ipynb #1caa0938
 def examine(
     rows: pd.DataFrame,   # 25 rows of the study, of `mscan.submission.predict_members`
     read,                 # (low, high) -> Study
@@ -80,7 +80,7 @@ def examine(
     found.rows = mark(signal_rows(rows, signals, found.lost), found.conditions)
     return found
 
-# %% ../nbs/66_report.ipynb #8c7e6baa
+# %% ../nbs/66_report.ipynb #f5e14458
 def open_run(
     run_dir, data_dir, device: str='auto', study: str='',
 ) -> tuple:   # members (of `load_models`), tables (of `read_tables`), study ids
@@ -101,7 +101,7 @@ def examined(
         rows = predict_members(data_dir, s, tables.descriptions, members)
         yield examine(rows, read, members, pictures)
 
-
+# %% ../nbs/66_report.ipynb #78fea3a7
 COLUMNS = ['study_id', 'condition', 'level', 'normal_mild', 'moderate', 'severe', 'risk_normal_mild', 'risk_moderate', 'risk_severe', 'source', 'slices', 'sure', 'scatter', 'view_gap', 'lost', 'review', 'why', 'reason']
 
 
@@ -136,7 +136,7 @@ def mscan_report(
     except (ValueError, RuntimeError, OSError) as e: sentence(e)
     print(f"{rows.study_id.nunique()} studies, {int(rows.review.sum())} of {len(rows)} answers marked for review: {Path(out) / 'index.html'}")
 
-# %% ../nbs/66_report.ipynb #0fe5f0b7
+# %% ../nbs/66_report.ipynb #df82f5f9
 def misplaced(
     points: pd.DataFrame,  # study_id, level, x_mm, y_mm, z_mm as found
     truth: pd.DataFrame,   # of `mscan.evaluate.read_truth`
@@ -150,7 +150,7 @@ def misplaced(
     away = np.linalg.norm(both[xyz].to_numpy() - both[[f'{c}_true' for c in xyz]].to_numpy(), axis=1)
     return found_line(f'levels found over {AGREE_MM:.0f} mm away', both.study_id, both.review, away > AGREE_MM, draws)
 
-
+# %% ../nbs/66_report.ipynb #9f202360
 def write_review(
     run_dir, data_dir, train_csv, truth_csv, out, device: str='auto', progress: bool=True, draws: int=1000,
 ) -> list:   # lines of markdown

@@ -120,7 +120,7 @@ def mark(
     why = ['; '.join(text[i] for hit, text in reasons.values() if np.asarray(hit)[i]) for i in range(len(rows))]
     return rows.assign(review=[w != '' for w in why], why=why)
 
-# %% ../nbs/650_review.ipynb #eb3ceee9
+# %% ../nbs/650_review.ipynb #13eba56c
 def wrong_rows(
     rows: pd.DataFrame,   # of `mark`
     truth: pd.DataFrame,  # study_id, condition, level, grade; NA = not known
@@ -149,7 +149,7 @@ def found_line(
     figures = dict(marked=bootstrap_interval(share, study_ids, draws), found=bootstrap_interval(found, study_ids, draws), gain=paired_bootstrap(found, share, study_ids, draws)) if len(marked) else {}
     return dict(what=name, n=len(marked), wrong=int(wrong.sum())) | {k: v for k, i in figures.items() for k, v in ((k, i.value), (f'{k}_low', i.low), (f'{k}_high', i.high))}
 
-
+# %% ../nbs/650_review.ipynb #0c3785c9
 def review_table(
     rows: pd.DataFrame,   # of `mark`, many studies
     truth: pd.DataFrame,  # study_id, condition, level, grade
