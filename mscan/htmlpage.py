@@ -80,7 +80,7 @@ def grade_table(
     lines = [ft('tr', ft('th', csv_level(level), scope='row'), *[grade_cell(by[c, level], c in conditions) for c in order]) for level in LEVELS]
     return ft('table', head, *lines, cls='grades')
 
-# %% ../nbs/665_htmlpage.ipynb #18de7fb2
+# %% ../nbs/665_htmlpage.ipynb #dfea4c72
 def key_line():
     "What the colours mean."
     return ft('p', *[x for g, c in zip(GRADES, GRADE_COLOURS, strict=True) for x in (ft('span', '', cls='dot', style=f'background:{c}'), g)],
@@ -91,11 +91,14 @@ def review_list(
     rows: pd.DataFrame,  # marked rows of one study, or of one level
 ):
     "The marked rows with their reasons, those of a level that share a reason in one line."
-    order, lines = [CONDITIONS[k] for k in ACROSS], []
+    order, lines, marked = [CONDITIONS[k] for k in ACROSS], [], rows[rows.review]
+    said = [set(why.split('; ')) for why in marked.why]
+    everywhere = set.intersection(*said) if len(marked) == len(LEVELS) * len(CONDITIONS) else set()
+    lines += [ft('li', f'every answer: {text}') for text in sorted(everywhere)]
     for level in LEVELS:
         shared = {}
         for r in sorted(rows[rows.review & (rows.level == level)].itertuples(), key=lambda r: order.index(r.condition)):
-            for text in r.why.split('; '): shared.setdefault(text, []).append(name_of(r.condition))
+            for text in (t for t in r.why.split('; ') if t not in everywhere): shared.setdefault(text, []).append(name_of(r.condition))
         lines += [ft('li', f"{csv_level(level)}, {'all five' if len(names) == len(CONDITIONS) else ', '.join(names)}: {text}") for text, names in shared.items()]
     return ft('ul', *lines, cls='small') if lines else ft('p', 'No answer is marked for review.')
 
