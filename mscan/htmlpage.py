@@ -80,11 +80,11 @@ def grade_table(
     lines = [ft('tr', ft('th', csv_level(level), scope='row'), *[grade_cell(by[c, level], c in conditions) for c in order]) for level in LEVELS]
     return ft('table', head, *lines, cls='grades')
 
-# %% ../nbs/665_htmlpage.ipynb #dfea4c72
+# %% ../nbs/665_htmlpage.ipynb #3c71fbc8
 def key_line():
     "What the colours mean."
     return ft('p', *[x for g, c in zip(GRADES, GRADE_COLOURS, strict=True) for x in (ft('span', '', cls='dot', style=f'background:{c}'), g)],
-              ft('span', '', cls='dot review', style='margin-left:24px'), 'marked for review', ft('span', '', cls='dot fallback', style='margin-left:24px'), 'not the model\'s answer; numbers: chances of the three grades (p_risk)', cls='key small')
+              ft('span', '', cls='dot review', style='margin-left:24px'), 'marked for review', ft('span', '', cls='dot fallback', style='margin-left:24px'), 'a fallback: see its source; numbers: chances of the three grades (p_risk)', cls='key small')
 
 
 def review_list(
@@ -172,7 +172,7 @@ def level_section(found, level: str, most: dict):
     return ft('section', ft('h2', csv_level(level), *flag, style=f'border-color:{LEVEL_COLOURS[level]}'), answers, *([review_list(rows.reset_index())] if rows.review.any() else []), ft('h3', 'Axial slices, head to foot; the square is what is cropped'), *axial,
               ft('h3', 'Crops, and where "Moderate or worse" would change'), *[ft('div', *figures, cls='row crops') for figures in crop_figures(found, level, most)], cls='level')
 
-# %% ../nbs/665_htmlpage.ipynb #25cbc55c
+# %% ../nbs/665_htmlpage.ipynb #520f5178
 NAMES = dict(axial_to_sagittal='axial levels (rows) ask sagittal levels (columns)', sagittal_to_axial='sagittal levels (rows) ask axial levels (columns)', roles='views (rows) ask views (columns), mean over levels')
 
 
@@ -205,13 +205,13 @@ def rows_table(rows: pd.DataFrame):
     three = lambda r, names: ' '.join(f'{getattr(r, n):.3f}' for n in names)
     number = lambda v: '' if pd.isna(v) else f'{v:.2f}'
     head = ft('tr', *[ft('th', w) for w in ('condition', 'level', 'p_risk', 'p_score', 'answers differ by', 'views differ by', 'review', 'slices (series/instance), or source and reason')])
-    origin = lambda r: r.slices if r.source == 'model' else '; '.join(filter(None, (r.source, r.reason)))
+    origin = lambda r: r.slices if r.source == 'model' else '; '.join(filter(None, (r.source, r.slices, r.reason)))
     line = lambda r: ft('tr', ft('td', name_of(r.condition)), ft('td', csv_level(r.level)), ft('td', three(r, RISKS), cls='num'), ft('td', three(r, PROBS), cls='num'), ft('td', number(r.scatter), cls='num'), ft('td', number(r.view_gap), cls='num'), ft('td', '⚑' if r.review else ''), ft('td', origin(r)))
     return ft('table', head, *map(line, rows.itertuples()), cls='rows')
 
 
 RULE = (f'An answer is marked for review when (1) its most probable grade has less than {UNSURE:.0%}; (2) one network or axial pass alone lies more than {SCATTER:.0%} from the mean of all; (3) canal: sagittal alone and axial alone lie more than {VIEW_GAP:.0%} apart and name another grade '
-        '(asked only of models trained with hidden views); (4) something speaks against the place of its level; or (5) the model grades this condition, but not here, and a fallback stands in its place. A mark is a request to look, not a finding; an answer without a mark may be wrong.')
+        '(asked only of models trained with hidden views); (4) something speaks against the place of its level; or (5) the model grades this condition, but here the answer comes from elsewhere (a fallback; its source says from where). A mark is a request to look, not a finding; an answer without a mark may be wrong.')
 
 # %% ../nbs/665_htmlpage.ipynb #73ed3130
 def study_page(

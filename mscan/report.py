@@ -31,7 +31,7 @@ from .runs import read_manifest
 from .submission import GRADING, member_runs, predict_members, read_normalised
 from .training import pick_device
 
-# %% ../nbs/66_report.ipynb #a9a21dcc
+# %% ../nbs/66_report.ipynb #2f1d460f
 SHOWN_PX = 160   # side of a crop on the page
 
 
@@ -42,13 +42,13 @@ def ask(
     "What the networks of a run are given of a study."
     located = locate(study, models)
     if located.boxes is None: return SimpleNamespace(located=located, seen=None, features=None)
-    seen = located_crops(study, located, models.centre_net, models.window_px, models.size_px, models.device)
+    seen = located_crops(study, located, models.centre_net, models.window_px, models.size_px, models.device, models.contrasts)
     return SimpleNamespace(located=located, seen=seen, features=[crop_features(seen, e, models.device) for e in models.encoders])
 
 
 def show(found: SimpleNamespace, models: SimpleNamespace, asked: SimpleNamespace):
     "Crops for the eye, attention weights and maps of a study, into `found`."
-    found.shown = located_crops(found.study, asked.located, models.centre_net, models.window_px, SHOWN_PX, models.device)
+    found.shown = located_crops(found.study, asked.located, models.centre_net, models.window_px, SHOWN_PX, models.device, models.contrasts)
     found.weights = attention_weights(models.nets, asked.features, models.device)
     found.cams = grad_cams(asked.seen, models.encoders, models.nets, list(models.conditions), models.device)
     found.cells = {v: next(iter(m.values())).shape for (_, _, v), m in found.cams.items() if m}

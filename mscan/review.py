@@ -82,7 +82,7 @@ def lost_levels(
     own = lambda level: ([f'no detector box within {AGREE_MM:.0f} mm of the point'] if level in fallen else []) + ([f'axial centre over {MAX_DISAGREEMENT_MM:.0f} mm from the projected point'] if level in far else [])
     return {level: '; '.join(whole + own(level)) for level in LEVELS}
 
-# %% ../nbs/650_review.ipynb #2cb84d63
+# %% ../nbs/650_review.ipynb #fba87f11
 UNSURE, SCATTER, VIEW_GAP = .6, .3, .5
 
 
@@ -116,7 +116,7 @@ def mark(
         'answers differ': (rows.scatter > scatter, [f'answers differ: one of them by {v:.0%}' for v in rows.scatter.fillna(0)]),
         'views contradict': ((rows.view_gap > view_gap) & (rows.views_name != ''), [f'views contradict: {n}' for n in rows.views_name]),
         'place in doubt': (model & (rows.lost != ''), [f'place in doubt: {t}' for t in rows.lost]),
-        'not from the model': (~model & rows.condition.isin(conditions), [f'not from the model: {s}' for s in rows['source']])}
+        'fallback': (~model & rows.condition.isin(conditions), [f'fallback: {s}' for s in rows['source']])}
     why = ['; '.join(text[i] for hit, text in reasons.values() if np.asarray(hit)[i]) for i in range(len(rows))]
     return rows.assign(review=[w != '' for w in why], why=why)
 

@@ -15,6 +15,7 @@ from mscan.images import Preprocess
 from mscan.metrics import prior_table
 from mscan.recesses import offset_recesses
 from mscan.rsna import CONDITIONS, LEVELS, read_train
+from mscan.sidecrops import OWN_CONTRAST
 from mscan.sides import RECESS_COLUMNS, Sides
 
 XYZ = ['x_mm', 'y_mm', 'z_mm']
@@ -37,7 +38,7 @@ def fake_models(data, bilateral=True, seeds=2):
     nets = [(Bilateral(dim=16) if bilateral else build_model('mscan', dim=16)).eval() for _ in range(seeds)]
     sides = Sides(offset_foramina, lambda study, chosen, xyz: offset_recesses(study, chosen, xyz)[RECESS_COLUMNS]) if bilateral else None
     return SimpleNamespace(sides=sides, find_points=find_points, find_boxes=find_boxes, centre_net=None, window_px=96, prepare=Preprocess(), encoders=[dict.fromkeys(('sagittal', 'axial', 'foramen', 'recess') if bilateral else ('sagittal', 'axial'), encoder)],
-                           nets=[nets], low=.5, high=99.5, rule='plane', passes=1, size_px=64, conditions=list(CONDITIONS) if bilateral else [CONDITIONS[0]], view_dropout=.1, device='cpu', prior=prior_table(read_train(data / 'train.csv')),
+                           nets=[nets], low=.5, high=99.5, rule='plane', passes=1, size_px=64, conditions=list(CONDITIONS) if bilateral else [CONDITIONS[0]], view_dropout=.1, device='cpu', prior=prior_table(read_train(data / 'train.csv')), conditional=None, contrasts=OWN_CONTRAST,
                            card=dict(architecture=dict(name='bilateral' if bilateral else 'mscan')))
 
 

@@ -95,7 +95,7 @@ def test_fallbacks_are_told_apart_and_marked(pages, data):
     for s in (data[2], 'x<b>1'):
         mine, text = rows[rows.study_id == s], text_of(pages, s)
         fallen = mine[mine.condition.isin(models.conditions) & (mine['source'] != 'model')]
-        assert (mine.review[fallen.index]).all() and fallen.why.str.contains('not from the model').all()
+        assert (mine.review[fallen.index]).all() and fallen.why.str.contains('fallback').all()
         assert len(fallen) or models.sides is None
         assert all(f'source: {source}' in text for source in set(mine['source']) - {'model'})
     nothing = rows[rows.study_id == 'x<b>1']
