@@ -28,7 +28,7 @@ def data_uri(
     if not ok: raise ValueError(f'a picture of shape {image.shape} and type {image.dtype} cannot be encoded as {kind}')
     return f'data:image/{kind};base64,' + base64.b64encode(data.tobytes()).decode()
 
-# %% ../nbs/660_figures.ipynb #fa69263f
+# %% ../nbs/660_figures.ipynb #e2a11f7b
 LEVEL_COLOURS = dict(zip(LEVELS, ('#56b4e9', '#2fd6a0', '#f0e442', '#ff9f1c', '#ff6f61'), strict=True))   # told apart on black, with any colour vision; never the only sign
 MAX_PX = 512   # longer side of a slice as it is shown
 
@@ -65,9 +65,9 @@ def point_mark(xy, colour: str, label: str='', hollow: bool=False, radius: float
 
 
 def line_mark(ends, colour: str, label: str='', width: float=.7):
-    "A line, with a word at its left end."
+    "A line, with a word before its left end."
     (x1, y1), (x2, y2) = sorted(np.asarray(ends).tolist())
-    word = [ft('text', label, x=f'{x1 + 1:.2f}', y=f'{y1 - 1:.2f}', fill=colour, stroke='#000', stroke_width=1, style='paint-order:stroke', font_size=4.5)] if label else []
+    word = [ft('text', label, x=f'{x1 - 1.5:.2f}', y=f'{y1 + 2:.2f}', text_anchor='end', fill=colour, stroke='#000', stroke_width=1, style='paint-order:stroke', font_size=5.5)] if label else []
     return ft('g', ft('line', x1=f'{x1:.2f}', y1=f'{y1:.2f}', x2=f'{x2:.2f}', y2=f'{y2:.2f}', stroke=colour, stroke_width=width), *word)
 
 

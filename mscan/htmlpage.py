@@ -19,7 +19,7 @@ from .metrics import RISKS
 from .review import SCATTER, UNSURE, VIEW_GAP
 from .rsna import CONDITIONS, GRADES, LEVELS, PROBS, csv_level
 
-# %% ../nbs/665_htmlpage.ipynb #8e06b660
+# %% ../nbs/665_htmlpage.ipynb #183fbae4
 RESEARCH = 'For research, not for diagnosis.'
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 STYLE = '''
@@ -30,10 +30,10 @@ table{border-collapse:collapse;margin:8px 0}th,td{border:1px solid #c5ccd3;paddi
 .grades{width:100%;table-layout:fixed}.grades:not(.answers) th:first-child{width:66px}.index th:nth-child(n+2):nth-child(-n+4){min-width:150px}.bar{width:100%;height:11px;display:block;border:1px solid #8a949d;margin:3px 0}.grade{font-weight:600}
 .review{box-shadow:inset 4px 0 0 #7a1fa2;background:#f7effa}.flag{color:#7a1fa2;font-weight:700}.fallback{background:repeating-linear-gradient(135deg,#fff,#fff 5px,#dde2e6 5px,#dde2e6 10px)}.fallback .grade{font-weight:400}
 .key span.fallback{background:repeating-linear-gradient(135deg,#fff,#fff 2px,#99a3ac 2px,#99a3ac 4px)}.key span.dot{display:inline-block;width:12px;height:12px;border:1px solid #555;vertical-align:-1px;margin:0 4px 0 12px}
-.row{display:flex;flex-wrap:wrap;gap:12px;align-items:flex-start}figure{margin:0}.slice{display:block;width:100%;background:#000}.spine figure{width:340px}.axial figure{width:238px}
+.row{display:flex;flex-wrap:wrap;gap:12px;align-items:flex-start}figure{margin:0}.slice{display:block;width:100%;background:#000}.spine figure{width:460px}.axial figure{width:238px}
 .crops{margin-bottom:10px}.crop{background:#f3f5f7;padding:5px}.pair{display:flex;gap:3px}.pair img,.absent{width:118px;height:118px}.crop figcaption{max-width:239px}.absent{display:flex;align-items:center;justify-content:center;background:#dfe3e7;color:#55606b}
 .level{break-inside:avoid}.level h2{border-bottom-width:4px}.weights td,.weights th{padding:3px 6px;text-align:right;font-size:13px}.rows td,.rows th{font-size:12px;padding:2px 5px}.num{text-align:right;white-space:nowrap}
-a{color:#0b4f8a}@media print{body{max-width:none;padding:0;font-size:11.5px}*{print-color-adjust:exact;-webkit-print-color-adjust:exact}tr,figure,.answers,.weights{break-inside:avoid}h2,h3{break-after:avoid}.spine figure{width:250px}.axial figure{width:170px}.pair img,.absent{width:84px;height:84px}.crop figcaption{max-width:171px}}
+a{color:#0b4f8a}@media print{body{max-width:none;padding:0;font-size:11.5px}*{print-color-adjust:exact;-webkit-print-color-adjust:exact}tr,figure,.answers,.weights{break-inside:avoid}h2,h3{break-after:avoid}.spine figure{width:320px}.axial figure{width:170px}.row{gap:8px}.pair img,.absent{width:76px;height:76px}.crop figcaption{max-width:155px}}
 @page{size:A4;margin:12mm}
 '''
 
@@ -172,7 +172,7 @@ def level_section(found, level: str, most: dict):
     return ft('section', ft('h2', csv_level(level), *flag, style=f'border-color:{LEVEL_COLOURS[level]}'), answers, *([review_list(rows.reset_index())] if rows.review.any() else []), ft('h3', 'Axial slices, head to foot; the square is what is cropped'), *axial,
               ft('h3', 'Crops, and where "Moderate or worse" would change'), *[ft('div', *figures, cls='row crops') for figures in crop_figures(found, level, most)], cls='level')
 
-# %% ../nbs/665_htmlpage.ipynb #520f5178
+# %% ../nbs/665_htmlpage.ipynb #ae2baace
 NAMES = dict(axial_to_sagittal='axial levels (rows) ask sagittal levels (columns)', sagittal_to_axial='sagittal levels (rows) ask axial levels (columns)', roles='views (rows) ask views (columns), mean over levels')
 
 
@@ -182,8 +182,9 @@ def attention_section(found):
     words, roles = [csv_level(l) for l in LEVELS], [r.replace('_', ' ') for r in ROLES]
     tables = [weights_table(w, *([roles] * 2 if name == 'roles' else [words] * 2), NAMES[name]) for name, w in found.weights.items()]
     share = ' A row of the first two tables sums to less than one: the rest went to the other views of the third.' if 'roles' in found.weights else ' Each row sums to one.'
+    equal = 1 / len(LEVELS) / (len(ROLES) if 'roles' in found.weights else 1)
     return ft('section', ft('h2', 'Attention across views'), ft('div', *tables, cls='row'),
-              ft('p', f'What this shows: how the answer that a level of one view gets is mixed from the levels of the other, averaged over heads, axial passes and networks.{share} Weight on the diagonal means that a level listens to itself; equal weights ({1 / len(LEVELS):.2f} each) that the attention only averages. '
+              ft('p', f'What this shows: how the answer that a level of one view gets is mixed from the levels of the other, averaged over heads, axial passes and networks.{share} Weight on the diagonal means that a level listens to itself; equal weights ({equal:.2f} each) that the attention only averages. '
                  'What it does not show: which part of a picture mattered, or why a grade was given. What a level says has already been through a network along the spine and holds its neighbours, and a weight says nothing about what it weighs.', cls='small'))
 
 
