@@ -6,7 +6,7 @@
 __all__ = ['PROVENANCE', 'MEAN_PROVENANCE', 'GRADING', 'write_results', 'joint_reason', 'average_runs', 'read_normalised',
            'predict_study', 'predict_members', 'member_runs', 'predict', 'mscan_predict']
 
-# %% ../nbs/60_submission.ipynb #49627d65
+# %% ../nbs/60_submission.ipynb #e03dbb6a
 import re
 import sys
 import traceback
@@ -21,12 +21,11 @@ from fastcore.script import Param, call_parse
 from tqdm.auto import tqdm
 
 from .compare import KEYS, mean_predictions
-from .dicom import read_study
 from .grading import grade_study, load_models, study_rows
 from .images import normalise
 from .metrics import RISKS
 from .mirror import conventional
-from .prepare import read_tables, sentence
+from .prepare import read_examined, read_tables, sentence
 from .rsna import PROBS, TableError, row_ids, write_submission
 from .runs import RunError, read_manifest, resolve
 
@@ -83,13 +82,13 @@ def average_runs(
     mean['reason'] = [joint_reason(why) for why in zip(*(t.reason for t in tables), strict=True)]
     return mean.assign(models=[f'{n} of {len(tables)}' for n in model.sum(0)])
 
-# %% ../nbs/60_submission.ipynb #b70d6702
+# %% ../nbs/60_submission.ipynb #d6e7c9e9
 def read_normalised(
     data_dir, study_id: str, descriptions,
     low: float, high: float,  # percentiles that become black and white
 ):                            # Study
     "A test study as every stage sees it: 8 bits, stored by convention."
-    study = read_study(data_dir, 'test', study_id, descriptions)
+    study, _ = read_examined(data_dir, 'test', study_id, descriptions)
     study.series = [conventional(normalise(s, low, high)) for s in study.series]
     return study
 
