@@ -118,7 +118,7 @@ def split_row_ids(
                          + (f' ({int(bad.sum())} such rows)' if bad.sum() > 1 else ''))
     return parts
 
-# %% ../nbs/00_rsna.ipynb #62fd52a1
+# %% ../nbs/00_rsna.ipynb #f2778ed5
 class TableWarning(UserWarning):
     "A decision about lines of a table; `10_prepare` collects them in its notes."
 
@@ -145,7 +145,7 @@ def _left_out(path, table, bad, what, values=None, strict=True):
     elif bad.any():
         at = bad.idxmax()
         _warn(path, int(bad.sum()), f'lines left out, {what}' + ('' if values is None else f' {str(values[at])[:40]!r}') + f' (the first is line {at + 2})')
-    return table[~bad]
+    return table[~bad.astype(bool)]
 
 
 def _text(path):
@@ -176,7 +176,7 @@ def _read(path, columns, strict=True):
         if name not in columns: continue
         table = _left_out(path, table, table[name].isna(), f'{name} is empty', strict=strict)
         table[name] = table[name].str.replace(r'^(\d+)\.0+$', r'\1', regex=True)
-        if name != 'instance_number': table = _left_out(path, table, ~table[name].map(is_id), f'{name} cannot be the name of a folder:', table[name], strict)
+        if name != 'instance_number': table = _left_out(path, table, ~table[name].map(is_id).astype(bool), f'{name} cannot be the name of a folder:', table[name], strict)
     return table
 
 # %% ../nbs/00_rsna.ipynb #f15ab3af

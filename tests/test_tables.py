@@ -1,9 +1,9 @@
 "Tables as people leave them: whatever a file holds, the readers decide visibly or refuse with a sentence; and no id of a table or a folder leads out of its place."
+import os
 import shutil
 import warnings
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -16,7 +16,7 @@ from mscan.rsna import (CELLS, CONDITIONS, GRADES, LEVELS, MAX_ID, VIEWS, TableE
 
 HEADER, POINT, SERIES = ','.join(('study_id', *CELLS)), 'study_id,series_id,instance_number,condition,level,x,y', 'study_id,series_id,series_description'
 READERS = {HEADER: lambda p: read_train(p, strict=False), POINT: lambda p: read_coordinates(p, strict=False), SERIES: read_descriptions}
-EXAMPLES = settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+EXAMPLES = settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 WORDS = st.text(alphabet=st.characters(exclude_categories=['Cs'], exclude_characters='",\r\n\0'), max_size=12)
 GRADE_CELLS = st.lists(st.sampled_from([*GRADES, '']), min_size=25, max_size=25)
 
@@ -59,7 +59,7 @@ def test_no_words_make_a_reader_crash_and_what_is_read_is_valid(tmp_path, kind, 
 # --- the same table, stored otherwise -------------------------------------------------------------------------------
 
 @EXAMPLES
-@given(st.lists(GRADE_CELLS, min_size=1, max_size=4), st.sampled_from(['utf-8', 'utf-8-sig', 'utf-16']), st.sampled_from(['\n', '\r\n', '\r']), st.integers(0, 3), st.booleans(), st.booleans())
+@given(st.lists(GRADE_CELLS, min_size=1, max_size=2), st.sampled_from(['utf-8', 'utf-8-sig', 'utf-16']), st.sampled_from(['\n', '\r\n', '\r']), st.integers(0, 3), st.booleans(), st.booleans())
 def test_line_ends_bom_blank_rows_case_and_repeats_change_nothing(tmp_path, studies, encoding, end, blank, lower, again):
     lines = [HEADER, *(f'{k + 7},' + ','.join(cells) for k, cells in enumerate(studies))]
     plain, said = quiet(READERS[HEADER], write(tmp_path, '\n'.join(lines)))
@@ -70,7 +70,7 @@ def test_line_ends_bom_blank_rows_case_and_repeats_change_nothing(tmp_path, stud
 
 
 @EXAMPLES
-@given(st.lists(GRADE_CELLS, min_size=2, max_size=4), st.integers(0, 1), st.integers(0, 24), WORDS.filter(lambda w: w.strip() and w.strip().lower() not in ('normal', 'mild', 'moderate', 'severe', 'nan', 'na', 'null', 'none', 'n/a', '<na>', '#n/a', '#na')))
+@given(st.lists(GRADE_CELLS, min_size=2, max_size=2), st.integers(0, 1), st.integers(0, 24), WORDS.filter(lambda w: w.strip() and w.strip().lower() not in ('normal', 'mild', 'moderate', 'severe', 'nan', 'na', 'null', 'none', 'n/a', '<na>', '#n/a', '#na')))
 def test_an_unknown_grade_costs_its_own_cell(tmp_path, studies, row, cell, word):
     if sum(map(bool, sum(studies, []))) < 4: return
     spoiled = [list(s) for s in studies]
@@ -91,7 +91,7 @@ def test_two_lines_of_a_study_agree_where_they_agree(tmp_path):
 
 def test_a_table_of_unknown_words_is_another_table(tmp_path):
     for header, line in ((HEADER, '7' + ',yes' * 25), (POINT, '7,70,1,disc,L1,1,2')):
-        with pytest.raises(TableError, match='line 2'): quiet(READERS[header], write(tmp_path, f'{header}\n{line}\n{line[::1]}0\n'))
+        with pytest.raises(TableError, match='line 2'): quiet(READERS[header], write(tmp_path, f'{header}\n{line}\n{line}0\n'))
     with pytest.raises(TableError, match="separated by ';'.*commas"): quiet(READERS[POINT], write(tmp_path, POINT.replace(',', ';') + '\n7;70;1;x;y;1;2\n'))
 
 
@@ -155,7 +155,7 @@ def test_ids_that_lead_elsewhere_reach_no_path(tmp_path, small_data):
 
 def test_a_folder_name_that_is_no_text_is_passed_over(tmp_path):
     (tmp_path / 'test_images' / '7').mkdir(parents=True), (tmp_path / 'test_images' / '²').mkdir()
-    try: Path(bytes(tmp_path / 'test_images') + b'/\xff\xfe'.replace(b'/', b'/')) if False else __import__('os').mkdir(bytes(tmp_path / 'test_images') + b'/\xff\xfe')
+    try: os.mkdir(bytes(tmp_path / 'test_images') + b'/\xff\xfe')
     except OSError: pytest.skip('this file system takes UTF-8 names only')
     found, said = quiet(discover_studies, tmp_path, 'test')
     assert found == ['7', '²'] and len(said) == 1 and said[0].isprintable()
