@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['noted', 'read_tables', 'series_report', 'remarks_on', 'study_report', 'note_labels', 'read_examined', 'check_data',
-           'cache_study', 'load_study', 'prepare', 'note_coverage', 'load_tables', 'sentence', 'quality_lines',
-           'mscan_check']
+           'cache_study', 'load_study', 'prepare', 'write_quality', 'note_coverage', 'load_tables', 'sentence',
+           'quality_lines', 'mscan_check']
 
 # %% ../nbs/10_prepare.ipynb #b59e63f1
 import json
@@ -87,7 +87,7 @@ def series_report(
                 shapes=sorted({f'{r}x{c}' for r, c in series.shape}), pixel_spacing_mm=np.round(np.median(series.pixel_spacing, 0), 3).tolist(),
                 decodable=len(series.pixels), left_out=[dict(file=f, reason=r) for f, r in series.left_out])
 
-
+# %% ../nbs/10_prepare.ipynb #0926f857
 def remarks_on(
     study: Study, series: list,  # reports of its series
 ) -> list:                       # sentences
@@ -122,7 +122,7 @@ def note_labels(
         for r in reports:
             if r['study_id'] == study_id: r['remarks'].append(f'no grade of {condition.replace("_", " ")} at any level')
 
-
+# %% ../nbs/10_prepare.ipynb #4468c721
 def read_examined(
     data_dir, split: str, study_id: str,
     descriptions,          # of `read_tables`, or None
@@ -246,10 +246,15 @@ def prepare(
         table.to_parquet(out / f'{name}.parquet', index=False)
     prior_table(labels[labels.study_id.isin(part.index[part == 'train'])]).to_csv(out / 'prior.csv', index=False)
     note_labels(train.labels, reports)
-    write = lambda: (out / 'quality.json').write_text(json.dumps(dict(notes=notes, studies=reports), indent=1), encoding='utf-8')
-    write()
-    note_coverage(load_tables(out), reports)
-    write()
+    note_coverage(write_quality(out, notes, reports), reports)
+    return write_quality(out, notes, reports)
+
+# %% ../nbs/10_prepare.ipynb #c3a83755
+def write_quality(
+    out, notes: list, reports: list,  # folder, sentences, of `study_report`
+) -> SimpleNamespace:                 # as `load_tables`
+    "Write the quality report beside the tables."
+    (out / 'quality.json').write_text(json.dumps(dict(notes=notes, studies=reports), indent=1), encoding='utf-8')
     return load_tables(out)
 
 

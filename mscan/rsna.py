@@ -159,7 +159,7 @@ def _text(path):
     table.columns = table.columns.str.strip()
     return table
 
-
+# %% ../nbs/00_rsna.ipynb #4c345b0a
 def _read(path, columns, strict=True):
     "The named columns of a CSV as stripped text, blank rows dropped; the index is the place in the file."
     path = Path(path)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from mscan.contents import header_contrast
 from mscan.prepare import check_data, read_examined, read_tables
-from mscan.rsna import (CELLS, CONDITIONS, GRADES, LEVELS, MAX_ID, VIEWS, TableError, TableWarning, check_id, csv_condition, csv_level, described_view, discover_studies, is_id,
+from mscan.rsna import (CELLS, GRADES, VIEWS, TableError, TableWarning, check_id, described_view, discover_studies, is_id,
                         read_coordinates, read_descriptions, read_train)
 
 HEADER, POINT, SERIES = ','.join(('study_id', *CELLS)), 'study_id,series_id,instance_number,condition,level,x,y', 'study_id,series_id,series_description'
