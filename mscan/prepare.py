@@ -233,8 +233,7 @@ def prepare(
     if not len(slices): raise TableError(f'{data_dir}: no study has a readable series; mscan_check says why')
     labels = train.labels[train.labels.study_id.isin(own)].reset_index(drop=True)
     points, corrections = clean_points(train.points[train.points.study_id.isin(own)], slices, labels, notes)
-    parts = split_folds(labels, validation, test, seed, folds, fold, read_folds(folds_csv) if folds_csv else None)
-    part = parts.part
+    part = (parts := split_folds(labels, validation, test, seed, folds, fold, read_folds(folds_csv) if folds_csv else None)).part
     labels, noisy = drop_doubtful(labels, part, oof_csv, drop_noisy, notes)
     (out / 'doubtful_labels.csv').unlink(missing_ok=True)
     if drop_noisy: noisy.to_csv(out / 'doubtful_labels.csv', index=False)
@@ -245,7 +244,6 @@ def prepare(
     for name, table in dict(studies=studies, series=series, slices=slices, labels=labels, points=points).items():
         table.to_parquet(out / f'{name}.parquet', index=False)
     prior_table(labels[labels.study_id.isin(part.index[part == 'train'])]).to_csv(out / 'prior.csv', index=False)
-    note_labels(train.labels, reports)
     note_coverage(write_quality(out, notes, reports), reports)
     return write_quality(out, notes, reports)
 
@@ -262,7 +260,8 @@ def note_coverage(
     tables: SimpleNamespace,  # of `load_tables`
     reports: list,            # of `study_report`; their remarks get sentences
 ):
-    "Say of each labelled study which levels no image of a view shows."
+    "Say of each labelled study which conditions have no grade, and which levels no image of a view shows."
+    note_labels(tables.labels, reports)
     canal = tables.points[tables.points.condition == 'spinal_canal_stenosis'].drop_duplicates(['study_id', 'level'])
     places = {s: t.set_index('level')[['x_mm', 'y_mm', 'z_mm']].reindex(LEVELS).to_numpy() for s, t in canal.groupby('study_id')}
     for r in reports:
