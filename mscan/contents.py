@@ -206,6 +206,7 @@ def parts_apart(
     axial: list,
 ):                   # for each sagittal series True (elsewhere), False or None (cannot be said)
     "Which sagittal series show another part of the spine than the rest."
+    if not sagittal: return []
     middles = [slice_middles(s.image_position, s.image_orientation, s.shape, s.pixel_spacing) for s in axial]
     centre = lambda s: slice_middles(s.image_position, s.image_orientation, s.shape, s.pixel_spacing)[len(s) // 2, 2]
     height = lambda s: s.shape[len(s) // 2, 0] * s.pixel_spacing[len(s) // 2, 0]
@@ -213,7 +214,7 @@ def parts_apart(
     if near.all(): votes = [False] * len(sagittal)
     elif len(sagittal) > 2 and near.sum(1).max() > len(sagittal) / 2: votes = [not n for n in near[near.sum(1).argmax()]]
     else: votes = [None] * len(sagittal)
-    if not middles or not sagittal: return votes
+    if not middles: return votes
     shown = np.array([contains(plane_of(s, len(s) // 2), np.concatenate(middles)).mean() for s in sagittal])
     if (shown < SHOWN).all(): return [None if (shown < SHOWN / 2).all() or not near.all() else False] * len(sagittal)
     return [bool(v < SHOWN and not near[i, shown.argmax()]) for i, v in enumerate(shown)]

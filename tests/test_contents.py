@@ -13,6 +13,7 @@ import pydicom
 import pytest
 
 from mscan.contents import PAIR_SURE, SPOT_T1, SURE, axial_spot, coverage, examine, level_doubts, out_of_view, parts_apart, series_plane, t2_log_odds
+from mscan.geometry import plane_distances
 from mscan.mirror import restored
 from mscan.phantom import as_study, paint, phantom_study
 from mscan.prepare import read_examined, read_tables
@@ -118,18 +119,16 @@ def test_a_series_of_another_part_is_set_aside(study, z):
 def test_who_is_apart_without_axial_slices_needs_a_majority(study):
     t1, t2 = of(study.study, 'sagittal_t1'), of(study.study, 'sagittal_t2')
     far = replace(t2, image_position=t2.image_position + [0, 0, 180])
-    assert parts_apart([t1, far], []) == [None, None] and parts_apart([t1, t2, far], []) == [False, False, True] and parts_apart([], []) == [] and parts_apart([t1], []) == [False]
+    assert parts_apart([t1, far], []) == [None, None] and parts_apart([t1, t2, far], []) == [False, False, True] and parts_apart([], []) == [] and examine(replace(study.study, series=[]))[0].problems == ['no sagittal T1 series', 'no sagittal T2 series', 'no axial T2 series'] and parts_apart([t1], []) == [False]
 
 
 @pytest.mark.parametrize('first, last', [(0, 2), (1, 4), (3, 3)])
 def test_levels_that_no_axial_slice_shows_are_named(study, first, last):
     xyz, axial = canal(study), of(study.study, 'axial_t2')
-    keep = np.abs(axial.image_position[:, 2, None] - xyz[first:last + 1, 2]).min(1) < 6
-    middle = np.array([axial.image_position[i] + axial.image_orientation[i].reshape(2, 3).T @ (axial.pixel_spacing[i, ::-1] * axial.shape[i, ::-1] / 2) for i in range(len(axial))])
-    keep = (middle[:, 2] < xyz[first, 2] + 8) & (middle[:, 2] > xyz[last, 2] - 8)
+    keep = plane_distances(axial, xyz[first:last + 1]).min(1) < 5                        # slices near these levels only
     short = replace(axial, **{n: getattr(axial, n)[keep] for n in ('image_position', 'image_orientation', 'pixel_spacing', 'shape', 'instance_number', 'stack')})
     table = coverage(replace(study.study, series=[of(study.study, 'sagittal_t2'), short]), xyz)
-    assert table.sagittal_t2.all() and table.axial_t2[first:last + 1].all() and not table.axial_t2[[k for k in range(5) if k < first - 1 or k > last + 1]].any()
+    assert table.sagittal_t2.all() and table.axial_t2.iloc[first:last + 1].all() and not table.axial_t2.iloc[[k for k in range(5) if not first <= k <= last]].any()
     said = out_of_view(replace(study.study, series=[short]), xyz)
     assert len(said) == 1 and all((LEVELS[k] in said[0]) == (not table.axial_t2.iloc[k]) for k in range(5))
     assert out_of_view(replace(study.study, series=[short]), np.full((5, 3), np.nan)) == []
