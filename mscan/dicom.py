@@ -112,7 +112,7 @@ def read_header(
     if not file.is_file(): raise DicomError('not a file')
     if file.stat().st_size == 0: raise DicomError('empty file (0 bytes)')
     try: dataset = pydicom.dcmread(file, stop_before_pixels=not pixels)
-    except Exception as e: raise DicomError(f'not readable as DICOM ({type(e).__name__}: {e})'.split('\n')[0]) from e
+    except Exception as e: raise DicomError(f'not readable as DICOM ({type(e).__name__})') from e
     if pixels and 'PixelData' not in dataset: raise DicomError('no pixel data; the file may be cut off')
     facts = dict(dataset=dataset)
     for name, keyword, size in (('position', 'ImagePositionPatient', 3), ('orientation', 'ImageOrientationPatient', 6), ('spacing', 'PixelSpacing', 2)):
@@ -146,7 +146,7 @@ def read_pixels(
         if syntax == RLELossless: dataset.pixel_array_options(decoding_plugin='pylibjpeg')
         pixels = dataset.pixel_array
     except (KeyboardInterrupt, SystemExit): raise
-    except BaseException as e: raise DicomError(f'pixels cannot be decoded ({type(e).__name__}: {e})'.split('\n')[0]) from None
+    except BaseException as e: raise DicomError(f'pixels cannot be decoded ({type(e).__name__})') from None
     if pixels.ndim != 2: raise DicomError(f'pixels have shape {pixels.shape}, not rows x columns')
     slope, intercept = float(dataset.get('RescaleSlope') or 1), float(dataset.get('RescaleIntercept') or 0)
     if (slope, intercept) != (1, 0): pixels = (pixels * np.float32(slope) + np.float32(intercept)).astype(np.float32)
@@ -184,7 +184,7 @@ def read_series(
             del facts['dataset']
             found.append(facts)
         except DicomError as e: left_out.append((file.name, str(e)))
-        except Exception as e: left_out.append((file.name, f'unusable header ({type(e).__name__}: {e})'.split('\n')[0]))
+        except Exception as e: left_out.append((file.name, f'unusable header ({type(e).__name__})'))
     if not found:
         reasons = sorted({r for _, r in left_out}) or ['the folder is empty']
         raise DicomError(f"series {series_id or folder.name}: no usable slice among {len(left_out)} files ({'; '.join(reasons[:3])})")
