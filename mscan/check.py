@@ -95,7 +95,7 @@ def folders_of(
         except OSError: out[place.name] = None
     return out
 
-# %% ../nbs/11_check.ipynb #c9f068d8
+# %% ../nbs/11_check.ipynb #9dfd20bb
 def decisions(
     study: Study,     # as examined
     report: dict,     # of `mscan.prepare.study_report`
@@ -103,8 +103,8 @@ def decisions(
     say,              # function that makes a sentence discreet
 ) -> list:            # a dict a series: series_id, view, use ('used', 'in reserve', 'left out'), why, said, slices, ...
     "What became of each series, and why."
-    out, sentences = [], [*report['problems'], *report.get('remarks', ())]
-    why = {f['series_id']: f'{f["kind"].replace("_", " ")}: {f["said"]}, seen: {f["seen"]}; {f["done"]}' for f in report.get('findings', ())}
+    out, sentences = [], [*report['problems'], *report['remarks']]
+    why = {f['series_id']: f'{f["kind"].replace("_", " ")}: {f["said"]}, seen: {f["seen"]}; {f["done"]}' for f in report['findings']}
     order = {s.series_id: (k, len(study.of(s.view))) for v in {s.view for s in study.series} for k, s in enumerate(study.of(v))}
     for s in sorted(report['series'], key=lambda s: (['sagittal_t2', 'sagittal_t1', 'axial_t2'].index(s['view']), order[s['series_id']])):
         k, n = order[s['series_id']]
@@ -121,7 +121,7 @@ def decisions(
         out.append(dict(series_id=series_id, view='', use='left out', why=say(reason.removeprefix(f'series {series_id}').lstrip(': ')), said=described(on_disk[series_id]) if on_disk.get(series_id) else '', slices=0, left_out=[]))
     return out
 
-# %% ../nbs/11_check.ipynb #6c23dbf3
+# %% ../nbs/11_check.ipynb #1b278901
 def label_sentences(
     study: Study, job,
 ) -> list:              # sentences
@@ -156,16 +156,16 @@ def study_record(
     names = {n for s in study.series for n in [*s.files, *(f for f, _ in s.left_out)]} | {Path(f).name for f in on_disk.values() if f}
     say = lambda text: discreet(str(text), names, {job.study_id, *on_disk, *(s.series_id for s in study.series)})
     report = study_report(study, findings)
-    problems = refused or [say(p) for p in report['problems'] if not p.startswith('study ') or study.series or not on_disk] + ([] if study.series else ['no series can be read'])
+    problems = refused or [say(p) for p in report['problems'] if study.series or not re.match('no (axial|sagittal)', p)] + ([] if study.series else ['no series can be read'])
     problems += [say(p) for p in odd_series(study)]
-    remarks = [say(r) for r in [*report.get('remarks', ()), *label_sentences(study, job)]]
+    remarks = [say(r) for r in [*report['remarks'], *label_sentences(study, job)]]
     if job.pictures:
         try: pictures = pictures_of(study)
         except Exception as e: remarks.append(f'no picture could be made ({type(e).__name__})')
     flags = flags_of((problems, 'look'), (remarks, 'info'))
-    return dict(study_id=job.study_id, split=job.split, severity=worst(flags), flags=flags, series=decisions(study, report, on_disk, say), problems=problems, remarks=remarks, pictures=pictures)
+    return dict(study_id=job.study_id, split=job.split, severity=worst(flags), flags=flags, series=decisions(study, report, on_disk, say), problems=problems, remarks=remarks, findings=report['findings'], pictures=pictures)
 
-# %% ../nbs/11_check.ipynb #db29e5d3
+# %% ../nbs/11_check.ipynb #b0cbd79d
 VERSION = 1   # of the records and of check.json: raised when a key changes its meaning
 
 
@@ -220,13 +220,13 @@ def check_job(job):
 def failed(job, why: str) -> dict:
     "The record of a study that could not be checked."
     flags = flags_of(([why], 'ungraded'))
-    return dict(study_id=job.study_id, split=job.split, severity='ungraded', flags=flags, series=[], problems=[why], remarks=[], pictures=[])
+    return dict(study_id=job.study_id, split=job.split, severity='ungraded', flags=flags, series=[], problems=[why], remarks=[], findings=[], pictures=[])
 
-# %% ../nbs/11_check.ipynb #a00ffa75
+# %% ../nbs/11_check.ipynb #9a76affc
 KEYS = dict(format='mscan_check', version='of this file; a key keeps its meaning within a version', title='the folder, where it is in the competition format', keys='what each key means',
             notes='sentences about the folder as a whole', summary='studies, series, severities (studies of each), flags (code, severity, studies, flags)',
             train='studies to train on', test='studies to grade, or of any folder of DICOM files',
-            study='study_id, split, rank (0: most urgent), severity (the worst of its flags, or fine), flags, series, problems and remarks (the sentences as reading gave them)',
+            study='study_id, split, rank (0: most urgent), severity (the worst of its flags, or fine), flags, series, problems, remarks (sentences as reading gave them), findings (decisions about what series show)',
             flag='code, severity (ungraded, left out, look, info: worst first), series_id (empty: of the study), sentence',
             series='series_id, view, use (used, in reserve, left out), why, said (words of its header about the sequence), left_out (reason, files); of those that could be read: slices, stacks, stack_sizes, instance_order, shapes, pixel_spacing_mm, decodable')
 
