@@ -95,7 +95,7 @@ def folders_of(
         except OSError: out[place.name] = None
     return out
 
-# %% ../nbs/11_check.ipynb #9dfd20bb
+# %% ../nbs/11_check.ipynb #82084e0a
 def decisions(
     study: Study,     # as examined
     report: dict,     # of `mscan.prepare.study_report`
@@ -104,7 +104,8 @@ def decisions(
 ) -> list:            # a dict a series: series_id, view, use ('used', 'in reserve', 'left out'), why, said, slices, ...
     "What became of each series, and why."
     out, sentences = [], [*report['problems'], *report['remarks']]
-    why = {f['series_id']: f'{f["kind"].replace("_", " ")}: {f["said"]}, seen: {f["seen"]}; {f["done"]}' for f in report['findings']}
+    found = {f['series_id']: f for f in report['findings']}
+    why = {i: next((p for p in report['problems'] if p.startswith(f'series {i}: ')), f'{f["kind"].replace("_", " ")}: {f["said"]}, seen: {f["seen"]}; {f["done"]}').removeprefix(f'series {i}: ') for i, f in found.items()}
     order = {s.series_id: (k, len(study.of(s.view))) for v in {s.view for s in study.series} for k, s in enumerate(study.of(v))}
     for s in sorted(report['series'], key=lambda s: (['sagittal_t2', 'sagittal_t1', 'axial_t2'].index(s['view']), order[s['series_id']])):
         k, n = order[s['series_id']]
@@ -118,7 +119,7 @@ def decisions(
     for series_id in dict.fromkeys([*on_disk, *absent]):
         if series_id in known: continue
         reason = why.get(series_id) or next((p for p in sentences if f'series {series_id}' in p), 'it is none of the three views')
-        out.append(dict(series_id=series_id, view='', use='left out', why=say(reason.removeprefix(f'series {series_id}').lstrip(': ')), said=described(on_disk[series_id]) if on_disk.get(series_id) else '', slices=0, left_out=[]))
+        out.append(dict(series_id=series_id, view=found.get(series_id, dict(said=''))['said'], use='left out', why=say(reason.removeprefix(f'series {series_id}').lstrip(': ')), said=described(on_disk[series_id]) if on_disk.get(series_id) else '', slices=0, left_out=[]))
     return out
 
 # %% ../nbs/11_check.ipynb #1b278901

@@ -16,9 +16,9 @@ import numpy as np
 from .dicom import Series, Study, slice_middles
 from .geometry import contains, plane_of
 
-# %% ../nbs/110_flags.ipynb #28dbd213
+# %% ../nbs/110_flags.ipynb #32a571e0
 SEVERITIES = {  # worst first
-    'ungraded': 'no image answers some or all rows of the study: they come from other rows or from the prior',
+    'ungraded': 'some or all rows have no image of their own: the ladder answers them, from another contrast, other rows or the prior',
     'left out': 'files, series or labels were set aside, with a reason; the study is graded from what remains',
     'look': 'used as it is, but something speaks against it: a person should look',
     'info': 'odd and harmless: noticed, dealt with, no answer depends on it'}
@@ -110,7 +110,7 @@ def count_flags(
     return [dict(code=c, severity=s, studies=studies[c, s], flags=n)
             for (c, s), n in sorted(kinds.items(), key=lambda k: (order.index(k[0][1]), PLACE[k[0][0]]))]
 
-# %% ../nbs/110_flags.ipynb #73687b83
+# %% ../nbs/110_flags.ipynb #e14aeb94
 GAP = 1.6        # times the usual distance of neighbours: one slice missing makes 2, rounding and breathing .1
 FEW = 4          # slices: so few are a localiser
 GRID = 8         # every 8th pixel tells whether a slice is of one value
@@ -119,15 +119,16 @@ GRID = 8         # every 8th pixel tells whether a slice is of one value
 def gaps(
     series: Series,
 ) -> list:          # (mm, usual mm) of neighbours in a stack that are too far apart
-    "Where slices are missing."
+    "Where slices are missing. Between axial stacks of one tilt there is room too: there the numbers of the neighbours must leap as well."
     found = []
     for k in np.unique(series.stack):
         own = np.flatnonzero(series.stack == k)
         if len(own) < 4: continue
         normal = np.cross(series.image_orientation[own[0], :3], series.image_orientation[own[0], 3:])
         middle = slice_middles(series.image_position, series.image_orientation, series.shape, series.pixel_spacing)[own]
-        step = np.abs(np.diff(middle @ normal))
-        found += [(float(s), float(np.median(step))) for s in step[step > GAP * max(np.median(step), 1e-3)]]
+        step, leap = np.abs(np.diff(middle @ normal)), np.abs(np.diff(series.instance_number[own]))
+        wide = (step > GAP * max(np.median(step), 1e-3)) & ((leap > np.median(leap)) | ('sagittal' in series.view))
+        found += [(float(s), float(np.median(step))) for s in step[wide]]
     return found
 
 

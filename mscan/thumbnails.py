@@ -81,7 +81,7 @@ def path_of(
 ) -> str:          # of an SVG path
     return ''.join(f'M{a[0]:g} {a[1]:g}L{b[0]:g} {b[1]:g}' for a, b in lines)
 
-# %% ../nbs/111_thumbnails.ipynb #f5d776f9
+# %% ../nbs/111_thumbnails.ipynb #f59eeaf1
 def pictures_of(
     study: Study,   # raw pixels
 ) -> list:          # dict(view, series_id, caption, uri, size, stacks, shown), at most one a view
@@ -94,21 +94,21 @@ def pictures_of(
         uri, size, matrix = thumbnail(s, chosen[view])
         planes = planes_on(s, chosen[view], axial, matrix) if view != 'axial_t2' else []
         stacks = {}
-        for p in planes: stacks.setdefault((p['series_id'], p['stack']), []).append(p['xy'])
+        for p in sorted(planes, key=lambda p: p['slice_i']): stacks.setdefault((p['series_id'], p['stack']), []).append(p['xy'])
         other = next((v for v in (('axial_t2',) if view != 'axial_t2' else ('sagittal_t2', 'sagittal_t1')) if v in best), None)
         line = crossing_line(plane_of(s, chosen[view]), plane_of(best[other], chosen[other])) if other else None
         out.append(dict(view=view, series_id=s.series_id, caption=f'slice {chosen[view] + 1} of {len(s)}', uri=uri, size=[int(n) for n in size],
-                        stacks=[dict(series_id=k[0], stack=k[1], path=path_of(v)) for k, v in stacks.items()], shown='' if line is None else path_of([np.round(apply(matrix, line), 1)])))
+                        stacks=[dict(series_id=k[0], stack=k[1], ends=path_of([v[0], v[-1]]), inner=path_of(v[1:-1])) for k, v in stacks.items()], shown='' if line is None else path_of([np.round(apply(matrix, line), 1)])))
     return out
 
-# %% ../nbs/111_thumbnails.ipynb #57e25143
+# %% ../nbs/111_thumbnails.ipynb #7849bf39
 def drawn(
     picture: dict,   # of `pictures_of`
 ) -> str:            # HTML
     "The picture with its lines."
     w, h = picture['size']
     view = picture['view'].replace('_', ' ').replace(' t', ' T')
-    lines = ''.join(f'<path class="stack" stroke="{COLOURS[k % len(COLOURS)]}" d="{escape(s["path"])}"/>' for k, s in enumerate(picture['stacks']))
+    lines = ''.join(f'<path class="{c}" stroke="{COLOURS[k % len(COLOURS)]}" d="{escape(s[c])}"/>' for k, s in enumerate(picture['stacks']) for c in ('inner', 'ends') if s[c])
     shown = f'<path class="shown" d="{escape(picture["shown"])}"/>' if picture['shown'] else ''
     side = f'<text x="3" y="{h / 2 + 4:g}">R</text>' if picture['view'] == 'axial_t2' else ''
     label = escape(f'{view}, {picture["caption"]}' + (f', {len(picture["stacks"])} axial stacks across it' if picture['stacks'] else ''))
