@@ -7,12 +7,13 @@ __all__ = ['SEQUENCE', 'VERSION', 'KEYS', 'SMALL', 'job_of', 'jobs_of', 'sequenc
            'label_sentences', 'read_job', 'study_record', 'code_key', 'listing', 'job_key', 'stored', 'check_job',
            'failed', 'check_studies', 'summed', 'check', 'text_lines', 'mscan_check']
 
-# %% ../nbs/11_check.ipynb #fbb12003
+# %% ../nbs/11_check.ipynb #f7254ff6
 import hashlib
 import json
 import os
 import re
 import sys
+import warnings
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -64,7 +65,7 @@ def jobs_of(
     if not jobs: raise TableError(f'{data_dir} holds no study: neither train_images/ nor test_images/ has a folder of DICOM files')
     return SimpleNamespace(jobs=jobs, notes=notes, ids=None)
 
-# %% ../nbs/11_check.ipynb #35087b28
+# %% ../nbs/11_check.ipynb #5bb92214
 SEQUENCE = re.compile(r't[12]w?|sag(ittal)?|cor(onal)?|tra|ax(ial)?|obl|stir|tirm|tse|fse|frfse|se|gre|flair|fs|fat|sat|dixon|space|cube|vista|localizer|localiser|loc|scout|survey|[lct]|[lct]sp?ine?|spine|lumbar|cervical|thoracic|mri?|dwi|adc|pd|2d|3d|iso|lspine|myelo|water|in|opp|phase|[0-9]mm', re.I)
 
 
@@ -80,8 +81,10 @@ def described(
     file,     # DICOM
 ) -> str:
     "What its header calls the series, in `sequence_words`. Raises nothing."
-    try: return sequence_words(pydicom.dcmread(file, stop_before_pixels=True, specific_tags=['SeriesDescription']).get('SeriesDescription'))
-    except Exception: return ''
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')                            # they quote what headers say
+        try: return sequence_words(pydicom.dcmread(file, stop_before_pixels=True, specific_tags=['SeriesDescription']).get('SeriesDescription'))
+        except Exception: return ''
 
 
 def folders_of(
@@ -95,11 +98,12 @@ def folders_of(
         except OSError: out[place.name] = None
     return out
 
-# %% ../nbs/11_check.ipynb #82084e0a
+# %% ../nbs/11_check.ipynb #e96cd177
 def decisions(
     study: Study,     # as examined
     report: dict,     # of `mscan.prepare.study_report`
     on_disk: dict,    # of `folders_of`
+    tables: dict,     # series_id -> view, as a table says
     say,              # function that makes a sentence discreet
 ) -> list:            # a dict a series: series_id, view, use ('used', 'in reserve', 'left out'), why, said, slices, ...
     "What became of each series, and why."
@@ -119,10 +123,10 @@ def decisions(
     for series_id in dict.fromkeys([*on_disk, *absent]):
         if series_id in known: continue
         reason = why.get(series_id) or next((p for p in sentences if f'series {series_id}' in p), 'it is none of the three views')
-        out.append(dict(series_id=series_id, view=found.get(series_id, dict(said=''))['said'], use='left out', why=say(reason.removeprefix(f'series {series_id}').lstrip(': ')), said=described(on_disk[series_id]) if on_disk.get(series_id) else '', slices=0, left_out=[]))
+        out.append(dict(series_id=series_id, view=found[series_id]['said'] if series_id in found else tables.get(series_id, ''), use='left out', why=say(reason.removeprefix(f'series {series_id}').lstrip(': ')), said=described(on_disk[series_id]) if on_disk.get(series_id) else '', slices=0, left_out=[]))
     return out
 
-# %% ../nbs/11_check.ipynb #1b278901
+# %% ../nbs/11_check.ipynb #c3f41754
 def label_sentences(
     study: Study, job,
 ) -> list:              # sentences
@@ -164,7 +168,8 @@ def study_record(
         try: pictures = pictures_of(study)
         except Exception as e: remarks.append(f'no picture could be made ({type(e).__name__})')
     flags = flags_of((problems, 'look'), (remarks, 'info'))
-    return dict(study_id=job.study_id, split=job.split, severity=worst(flags), flags=flags, series=decisions(study, report, on_disk, say), problems=problems, remarks=remarks, findings=report['findings'], pictures=pictures)
+    tables = {} if job.descriptions is None else dict(zip(job.descriptions.series_id, job.descriptions['view'], strict=True))
+    return dict(study_id=job.study_id, split=job.split, severity=worst(flags), flags=flags, series=decisions(study, report, on_disk, tables, say), problems=problems, remarks=remarks, findings=report['findings'], pictures=pictures)
 
 # %% ../nbs/11_check.ipynb #b0cbd79d
 VERSION = 1   # of the records and of check.json: raised when a key changes its meaning

@@ -30,7 +30,7 @@ class Rule(NamedTuple):
     severity: str   # of SEVERITIES
     pattern: str    # regular expression, searched in the sentence
 
-# %% ../nbs/110_flags.ipynb #c3dd8463
+# %% ../nbs/110_flags.ipynb #7cf292e1
 RULES = tuple(Rule(*r) for r in (
     ('check_failed', 'ungraded', r'^the check itself failed'),
     ('refused', 'ungraded', r'^refused|^it has \d+ .* at most|^it holds files of \d+ patients'),
@@ -44,12 +44,12 @@ RULES = tuple(Rule(*r) for r in (
     ('series_unused', 'left out', r'neither a sagittal nor an axial|is not used'),
     ('files_left_out', 'left out', r'files? left out|files lie beside|could not be listed|leads to itself'),
     ('points_left_out', 'left out', r'labelled points?.*left out'),
+    ('blank', 'look', r'all pixels (are|have)'),
     ('contrast', 'look', r'its image (shows|looks like)|table and header differ'),
     ('contrast_unsaid', 'look', r'nothing (says|tells) its contrast'),
     ('wrong_plane_used', 'look', r'but its slices are'),
     ('parts_differ', 'look', r'different parts of the spine|another part of the spine'),
     ('stacks_apart', 'look', r'do not cross the sagittal'),
-    ('blank', 'look', r'all pixels (are|have)'),
     ('few_slices', 'look', r'has only \d+ slices'),
     ('gap', 'look', r'slices are missing'),
     ('sagittal_stacks', 'look', r'stacks of parallel slices .*in a sagittal'),
