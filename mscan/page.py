@@ -14,7 +14,7 @@ from html import escape
 from .flags import PLACE, SEVERITIES
 from .thumbnails import SIDE, drawn
 
-# %% ../nbs/112_page.ipynb #8058beda
+# %% ../nbs/112_page.ipynb #f17afc10
 STYLE = '''
 :root{--ungraded:#a3123a;--leftout:#b35900;--look:#7a6100;--info:#44546a;--fine:#1b6e3c}
 *{box-sizing:border-box}body{font:15px/1.45 system-ui,sans-serif;color:#1c2430;background:#f4f6f8;margin:0 auto;max-width:1440px;padding:16px}
@@ -30,10 +30,10 @@ table{border-collapse:collapse;width:100%;font-size:.9em}th{text-align:left;font
 .kinds button{font:inherit;border:0;background:none;color:#0b57a4;text-decoration:underline;cursor:pointer;padding:0;text-align:left}
 .bar{display:inline-block;height:8px;background:var(--c);border-radius:2px;min-width:2px}
 .controls{position:sticky;top:0;z-index:2;background:#f4f6f8;padding:8px 0;display:flex;flex-wrap:wrap;gap:10px;align-items:center}.controls input,.controls select,.controls button{font:inherit;padding:3px 6px}
-article{display:grid;grid-template-columns:minmax(300px,1fr) minmax(280px,1fr) auto;gap:4px 18px;margin-bottom:8px;border-left:6px solid var(--c);content-visibility:auto;contain-intrinsic-size:auto 190px;scroll-margin-top:60px}
+article{display:grid;grid-template-columns:minmax(0,4fr) minmax(0,5fr) auto;gap:4px 18px;margin-bottom:8px;border-left:6px solid var(--c);content-visibility:auto;contain-intrinsic-size:auto 190px;scroll-margin-top:60px}
 article:target{outline:3px solid #0b57a4}article>header{grid-column:1/-1;display:flex;gap:10px;align-items:baseline;flex-wrap:wrap}article h3{margin:0;font-size:1.05em;overflow-wrap:anywhere}
 ul.flags{list-style:none;margin:0;padding:0}ul.flags li{border-left:3px solid var(--c);padding-left:7px;margin:3px 0;overflow-wrap:anywhere}ul.flags b{color:var(--c);font-weight:600}
-.out td{color:#5a6675}.series td{overflow-wrap:anywhere}.series .id{min-width:11ch}.series small{display:block}.pics{display:flex;gap:6px;align-items:flex-start}figure{margin:0;text-align:center;font-size:.8em}.absent{width:112px;height:150px;border:2px dashed var(--ungraded);color:var(--ungraded);display:grid;place-content:center;padding:6px;font-weight:600}
+.out td{color:#5a6675}.series td{overflow-wrap:anywhere}.series .id{min-width:11ch}.series td:first-child{white-space:nowrap}.series small{display:block}.pics{display:flex;gap:6px;align-items:flex-start}figure{margin:0;text-align:center;font-size:.8em;min-width:150px}.absent{height:150px;border:2px dashed var(--ungraded);color:var(--ungraded);display:grid;place-content:center;padding:6px;font-weight:600}
 svg{height:150px;width:auto;display:block;margin:auto;background:#000;cursor:zoom-in}svg.big{height:420px;cursor:zoom-out}
 .inner,.ends{fill:none;stroke-width:.6;stroke-opacity:.45}.ends{stroke-width:1.5;stroke-opacity:1}.shown{fill:none;stroke:#fff;stroke-width:1.6;stroke-dasharray:5 3}text{fill:#fff;font:bold 12px sans-serif}
 [hidden]{display:none!important}footer{margin:16px 0;color:#5a6675}
@@ -116,8 +116,8 @@ def study_line(
             f'<small>{e(record["split"])} · {plural(len(record["series"]), "series")} · {plural(slices, "slice")}</small></header>'
             f'<ul class="flags">{found}</ul><div>{series_table(record["series"])}</div><div class="pics">{shown}</div></article>\n')
 
-# %% ../nbs/112_page.ipynb #fc50df36
-FIRST = 8   # studies named at the top
+# %% ../nbs/112_page.ipynb #d6808341
+FIRST = 10  # studies named at the top
 
 
 def tiles(
