@@ -5,6 +5,7 @@ that the series comes back, that every file is either used or left out with a re
 smoke run is made): 25 finite rows a study must come back. Case n depends on the seed and on n alone: `--only n` repeats it."""
 import json
 import os
+import re
 import select
 import shutil
 import subprocess
@@ -13,11 +14,13 @@ import tempfile
 import time
 import zlib
 from collections import Counter
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import pydicom
-from pydicom.uid import DeflatedExplicitVRLittleEndian
+from pydicom.encaps import encapsulate
+from pydicom.uid import DeflatedExplicitVRLittleEndian, JPEGBaseline8Bit
 
 from mscan.dicom import MAX_BYTES, read_series
 from mscan.pixels import PLUGINS, stop_apart
@@ -29,6 +32,7 @@ CASE_SECONDS = 90      # for one damaged file; the reader itself gives a decoder
 STUDY_SECONDS = 60     # for one damaged study
 MEMORY = 2 ** 32       # bytes of address space of the child
 SOUND = ('1.dcm', '2.dcm')
+HEADER = 2 ** 16      # bytes within which elements are looked for
 NUMBERS = [b'', b' ', b'0', b'-1', b'1e99999999', b'9' * 40, b'nan', b'inf', b'-inf', b'1e400', b'1e-300', b'65535', b'2147483648', b'\\\\\\\\', b'1\\2\\3\\4\\5\\6\\7', b'\xff\xfe', b'Z\xc3\xbcrich', b'../../etc', b'<b>x</b>', b'\x00' * 64, b'7' * 5000]
 TAGS = [(0x0008, 0x0005), (0x0018, 0x0081), (0x0020, 0x0013), (0x0020, 0x0032), (0x0020, 0x0037), (0x0028, 0x0002), (0x0028, 0x0004), (0x0028, 0x0008), (0x0028, 0x0010), (0x0028, 0x0011), (0x0028, 0x0030),
         (0x0028, 0x0100), (0x0028, 0x0101), (0x0028, 0x0102), (0x0028, 0x0103), (0x0028, 0x1052), (0x0028, 0x1053), (0x7FE0, 0x0010), (0x0002, 0x0010), (0x0002, 0x0000)]
@@ -78,7 +82,7 @@ def elements(data):
     found = []
     for group, element in TAGS:
         tag = group.to_bytes(2, 'little') + element.to_bytes(2, 'little')
-        at = data.find(tag, 128)
+        at = next((m.start() for m in re.finditer(re.escape(tag) + b'[A-Z][A-Z]', data[:HEADER])), data.find(tag, 128, HEADER))
         if at < 0 or at + 12 > len(data): continue
         long = data[at + 4:at + 6] in (b'OB', b'OW', b'SQ', b'UN', b'UT')
         value = at + (12 if long else 8)
@@ -145,7 +149,7 @@ def deflated(rng, data):
     if not places: return flip_bits(rng, data)
     at, value, n = places[0]
     uid = DeflatedExplicitVRLittleEndian.encode()
-    rest = data[value + n:] + bytes(int(rng.choice([0, 10 ** 6, 2 * 10 ** 8], p=[.6, .39, .01])))
+    rest = data[data.find(b'\x08\x00', value + n):] + bytes(int(rng.choice([0, 10 ** 6, 2 * 10 ** 8], p=[.6, .39, .01])))
     packer = zlib.compressobj(1, zlib.DEFLATED, -15)
     packed = packer.compress(rest) + packer.flush()
     data = data[:at + 6] + len(uid).to_bytes(2, 'little') + uid + packed
@@ -183,13 +187,47 @@ def phantom_files(folder, seed):
     return sorted((folder / 'test_images').glob('*/*'))
 
 
+def placed(dataset, syntax=None, frames=None) -> bytes:
+    "A grey picture as a slice among the sound ones: with a place and a plane of its own, so that its pixels are decoded."
+    dataset.ImagePositionPatient, dataset.ImageOrientationPatient, dataset.PixelSpacing = [0, 0, -500], [1, 0, 0, 0, 1, 0], [1, 1]
+    if frames: dataset.file_meta.TransferSyntaxUID, dataset.PixelData = syntax, encapsulate(frames)
+    dataset['PixelData'].VR = 'OW' if not dataset.file_meta.TransferSyntaxUID.is_compressed or dataset.file_meta.TransferSyntaxUID.is_deflated else 'OB'
+    dataset.save_as(out := BytesIO())
+    return out.getvalue()
+
+
+def jpeg_baseline() -> bytes:
+    "A slice of 8 bits in JPEG baseline, by OpenCV."
+    import cv2
+    d = pydicom.dcmread(BUNDLED / 'MR_small.dcm')
+    grey = (d.pixel_array // 9).astype(np.uint8)
+    d.BitsAllocated, d.BitsStored, d.HighBit, d.PixelRepresentation = 8, 8, 7, 0
+    return placed(d, JPEGBaseline8Bit, [cv2.imencode('.jpg', grey, [cv2.IMWRITE_JPEG_QUALITY, 95])[1].tobytes()])
+
+
+def jpeg_lossless(kind='JPEGLosslessProcess14_1') -> bytes:
+    "A slice of 16 bits in lossless JPEG, by GDCM."
+    import gdcm
+    with tempfile.TemporaryDirectory() as folder:
+        reader, change, writer = gdcm.ImageReader(), gdcm.ImageChangeTransferSyntax(), gdcm.ImageWriter()
+        reader.SetFileName(str(BUNDLED / 'MR_small.dcm')); reader.Read()
+        change.SetTransferSyntax(gdcm.TransferSyntax(getattr(gdcm.TransferSyntax, kind)))
+        change.SetInput(reader.GetImage()); change.Change()
+        writer.SetFileName(str(Path(folder) / 'x.dcm')); writer.SetFile(reader.GetFile()); writer.SetImage(change.GetOutput()); writer.Write()
+        return placed(pydicom.dcmread(Path(folder) / 'x.dcm'))
+
+
+GREY = ('MR_small', 'MR_small_RLE', 'MR_small_bigendian', 'MR_small_implicit', 'MR_small_jp2klossless', 'MR_small_jpeg_ls_lossless', 'JPEG2000', 'JPEGLSNearLossless_08', 'JPEGLSNearLossless_16', 'image_dfl')
+
+
 def sources_of(series, seed):
-    "(name, bytes): eight slices of the phantom's series, and pydicom's files."
+    "(name, bytes): slices of the phantom's series, grey pictures in every encoding that is read, and pydicom's files as they are."
     rng = np.random.default_rng(seed)
     slices = [f for s in series for f in sorted(s.iterdir())]
     chosen = [slices[int(i)] for i in rng.choice(len(slices), min(8, len(slices)), replace=False)]
+    encoded = [(f'{n}, placed', placed(pydicom.dcmread(BUNDLED / f'{n}.dcm'))) for n in GREY] + [('JPEG baseline', jpeg_baseline()), ('JPEG lossless', jpeg_lossless())]
     bundled = sorted(f for f in BUNDLED.glob('*.dcm') if f.stat().st_size < 60_000)
-    return [(f'phantom {f.parent.name}/{f.name}', f.read_bytes()) for f in chosen for _ in range(6)] + [(f.name, f.read_bytes()) for f in bundled]
+    return [(f'phantom {f.parent.name}/{f.name}', f.read_bytes()) for f in chosen for _ in range(8)] + encoded * 6 + [(f.name, f.read_bytes()) for f in bundled]
 
 
 def check_case(folder):
@@ -431,7 +469,6 @@ def phantom_studies(folder, args):
 
 def short(reason):
     "A reason without its figures, to be counted."
-    import re
     return re.sub(r'[-+]?[0-9][0-9.e+-]*', '#', reason)[:90]
 
 
