@@ -242,7 +242,7 @@ def check_case(folder):
     return dict(read='x.dcm' in series.files, reason=reasons.get('x.dcm', ''))
 
 
-def child(folder, seed, cases):
+def child(folder, seed, cases: range):
     "In the child: read the cases one after the other and say a line before and after each."
     import resource
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
@@ -272,15 +272,15 @@ def lines_of(process, seconds):
         yield from map(json.loads, whole)
 
 
-CHILD = 'import sys, json; from benchmarks.fuzz import child; folder, seed, cases = json.loads(sys.argv[1]); child(folder, seed, cases)'
+CHILD = 'import sys, json; from benchmarks.fuzz import child; folder, seed, cases = json.loads(sys.argv[1]); child(folder, seed, range(*cases))'
 
 
 def run_child(folder, seed, cases, code=CHILD, seconds=CASE_SECONDS, progress=lambda n: None):
     "Read all cases, with a new child after each that crashed or hung: list of records, peak memory in MiB."
-    records, left, peak = [], list(cases), 0
+    records, left, peak = [], cases, 0
     env = dict(os.environ, PYTHONPATH=os.pathsep.join([str(ROOT), *sys.path]), OMP_NUM_THREADS='1', OPENBLAS_NUM_THREADS='1')
     while left:
-        process, now, fate = subprocess.Popen([sys.executable, '-c', code, json.dumps([str(folder), seed, left])], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd=ROOT, env=env), None, 'crash'
+        process, now, fate = subprocess.Popen([sys.executable, '-c', code, json.dumps([str(folder), seed, [left.start, left.stop, left.step]])], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd=ROOT, env=env), None, 'crash'
         try:
             for line in lines_of(process, seconds):
                 if 'begin' in line: now = line

@@ -9,7 +9,7 @@ __all__ = ['STACK_TOLERANCE_DEG', 'SAME_FIELD', 'RISING', 'MAX_AWAY_MM', 'SPACIN
            'shown_name', 'slice_files', 'read_slices', 'one_plane', 'one_each', 'number_all', 'read_series',
            'read_study']
 
-# %% ../nbs/01_dicom.ipynb #ed085895
+# %% ../nbs/01_dicom.ipynb #1fc4243d
 import os
 import re
 import warnings
@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .pixels import DecoderDied, DicomError, file_bytes, parse, picture, pixel_facts, said
+from .pixels import GDCM, DecoderDied, DicomError, file_bytes, parse, picture, pixel_facts, said
 from .rsna import VIEWS, read_descriptions
 
 # %% ../nbs/01_dicom.ipynb #88b5cd11
@@ -174,7 +174,7 @@ def guess_view(
     if axis == 0: return 'sagittal_t1' if 'T1' in text else 'sagittal_t2'
     return None
 
-# %% ../nbs/01_dicom.ipynb #1f4a47af
+# %% ../nbs/01_dicom.ipynb #1df786f7
 MAX_FILES = 1000     # of a series; the largest real one has 209
 MAX_BYTES = 2 ** 30  # of the pixels of a series; the largest real one has a fifth
 MAX_NESTED = 4       # folders within folders that are followed
@@ -212,9 +212,9 @@ def read_slices(
         file = shown_name(path.name)
         try:
             if path.is_dir(): raise DicomError('a folder inside the folder of a series')
-            if deaths >= MAX_DEATHS: raise DicomError(f'not tried: the decoder failed on {deaths} files of this series')
             facts = read_header(path, pixels)
             dataset = facts.pop('dataset')
+            if deaths >= MAX_DEATHS and dataset.file_meta.TransferSyntaxUID in GDCM: raise DicomError(f'not tried: the decoder failed on {deaths} files of this series')
             size += 2 * facts['shape'][0] * facts['shape'][1]
             if pixels and size > MAX_BYTES: raise DicomError(FULL)
             try: text = str(dataset.get('SeriesDescription') or '')
