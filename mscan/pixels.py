@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['MAX_SAID', 'MAX_FILE', 'MAX_NUMBER_TEXT', 'MAX_READS', 'WANTED', 'TAGS', 'PIXELS', 'MAX_SIDE', 'GDCM', 'NATIVE',
            'PLUGINS', 'SECONDS', 'START_SECONDS', 'MEMORY', 'TYPES', 'LENGTHS', 'MAX_HERE', 'DicomError', 'said',
-           'file_bytes', 'bounded_value', 'Counted', 'inflate', 'parse', 'whole_number', 'pixel_facts', 'decode',
-           'serve', 'DecoderDied', 'Apart', 'stop_apart', 'decode_apart', 'picture']
+           'file_bytes', 'bounded_value', 'EndlessError', 'Counted', 'inflate', 'parse', 'whole_number', 'pixel_facts',
+           'decode', 'serve', 'DecoderDied', 'Apart', 'stop_apart', 'decode_apart', 'picture']
 
 # %% ../nbs/007_pixels.ipynb #0a926e50
 import atexit
@@ -77,7 +77,7 @@ def bounded_value(raw, data, **kwargs):
 
 hooks.register_callback('raw_element_value', bounded_value)
 
-# %% ../nbs/007_pixels.ipynb #8d90a8ad
+# %% ../nbs/007_pixels.ipynb #37017cde
 MAX_READS = 50_000  # of a stream; an ordinary header takes some hundred, 128 MiB of encapsulated pixels 16,000
 WANTED = ('SpecificCharacterSet', 'SOPClassUID', 'SeriesDescription', 'EchoTime', 'StudyInstanceUID', 'SeriesInstanceUID', 'InstanceNumber', 'ImagePositionPatient', 'ImageOrientationPatient',
           'SamplesPerPixel', 'PhotometricInterpretation', 'NumberOfFrames', 'Rows', 'Columns', 'PixelSpacing', 'BitsAllocated', 'BitsStored', 'HighBit',
@@ -86,13 +86,16 @@ TAGS = [Tag(k) for k in WANTED]
 PIXELS = Tag('PixelData')
 
 
+class EndlessError(Exception): pass
+
+
 class Counted(BytesIO):
     "Bytes that may be asked for only so often."
     left = MAX_READS
 
     def read(self, *args):
         self.left -= 1
-        if self.left < 0: raise DicomError(f'a header that takes more than {MAX_READS} steps to read')
+        if self.left < 0: raise EndlessError
         return super().read(*args)
 
 
@@ -120,7 +123,7 @@ def parse(
         dataset = read_dataset(stream, syntax.is_implicit_VR, syntax.is_little_endian, specific_tags=TAGS,
                                stop_when=lambda tag, vr, length: tag > PIXELS or (tag == PIXELS and not pixels))
     except DicomError: raise
-    except Exception as e: raise DicomError(f'not readable as DICOM ({said(e)})') from None
+    except Exception as e: raise DicomError(f'a header that takes more than {MAX_READS} steps to read' if stream.left < 0 else f'not readable as DICOM ({said(e)})') from None
     dataset.file_meta = meta
     return dataset
 

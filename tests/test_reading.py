@@ -206,8 +206,8 @@ def test_deflated_data_unpack_to_a_limit(tmp_path):
     data = (tmp_path / 'x.dcm').read_bytes()
     packer = zlib.compressobj(9, zlib.DEFLATED, -15)
     head = data[:data.index(b'\x02\x00\x10\x00UI') + 8 + 22]
-    bomb = head + b''.join(packer.compress(bytes(2 ** 22)) for _ in range(256)) + packer.flush()       # 1 MB for a gigabyte
-    assert len(bomb) < 2 ** 21
+    bomb = head + b''.join(packer.compress(bytes(2 ** 22)) for _ in range(48)) + packer.flush()         # 200 kB for 192 MiB
+    assert len(bomb) < 2 ** 18
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(DicomError, match='unpack to more than 128 MiB'): parse(bomb)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 600 * 1024
@@ -295,7 +295,7 @@ def test_a_hundred_thousand_elements_are_too_many():
     nested = b'\x08\x00\x40\x11\xff\xff\xff\xff' + b'\xfe\xff\x00\xe0\x00\x00\x00\x00' * 10 ** 5                                # items of a sequence
     with pytest.raises(DicomError, match='more than 50000 steps'): parse(head + nested)
     deep = (b'\x08\x00\x40\x11\xff\xff\xff\xff' + b'\xfe\xff\x00\xe0\xff\xff\xff\xff') * 5000                                  # sequences in sequences
-    with pytest.raises(DicomError): parse(head + deep)
+    with pytest.raises(DicomError, match='not readable|steps'): parse(head + deep)
 
 
 def test_what_a_stranger_wrote_is_quoted_short_and_printable(axial):
