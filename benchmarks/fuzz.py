@@ -28,6 +28,7 @@ from mscan.pixels import PLUGINS, stop_apart
 from ._common import ROOT, Report, parser
 
 BUNDLED = Path(pydicom.__file__).parent / 'data' / 'test_files'
+START_SECONDS = 300    # for the child to come up on a busy machine
 CASE_SECONDS = 90      # for one damaged file; the reader itself gives a decoder 20
 STUDY_SECONDS = 60     # for one damaged study
 MEMORY = 2 ** 32       # bytes of address space of the child
@@ -149,7 +150,7 @@ def deflated(rng, data):
     if not places: return flip_bits(rng, data)
     at, value, n = places[0]
     uid = DeflatedExplicitVRLittleEndian.encode()
-    rest = data[data.find(b'\x08\x00', value + n):] + bytes(int(rng.choice([0, 10 ** 6, 2 * 10 ** 8], p=[.6, .39, .01])))
+    rest = data[value + n + ((found := re.search(rb'\x08\x00.\x00[A-Z][A-Z]', data[value + n:], re.S)) is not None and found.start()):] + bytes(int(rng.choice([0, 10 ** 6, 2 * 10 ** 8], p=[.6, .39, .01])))
     packer = zlib.compressobj(1, zlib.DEFLATED, -15)
     packed = packer.compress(rest) + packer.flush()
     data = data[:at + 6] + len(uid).to_bytes(2, 'little') + uid + packed
@@ -250,6 +251,7 @@ def child(folder, seed, cases: range):
     sources = [(name, (folder / 'sources' / file).read_bytes()) for name, file in json.loads((folder / 'sources.json').read_text())]
     say = os.fdopen(os.dup(1), 'w')
     os.dup2(2, 1)
+    say.write(json.dumps(dict(peak_mib=0)) + '\n'); say.flush()
     for n in cases:
         kind, source, data = damaged(seed, n, sources)
         (folder / 'series' / 'x.dcm').write_bytes(data)
@@ -263,10 +265,11 @@ def child(folder, seed, cases: range):
 
 
 def lines_of(process, seconds):
-    "Lines that a process says; ends at its end, raises TimeoutError after `seconds` of silence."
-    pending = b''
+    "Lines that a process says; ends at its end, raises TimeoutError after `seconds` of silence, the time before its first word apart."
+    pending, wait = b'', START_SECONDS
     while True:
-        if not select.select([process.stdout], [], [], seconds)[0]: raise TimeoutError
+        if not select.select([process.stdout], [], [], wait)[0]: raise TimeoutError
+        wait = seconds
         if not (piece := os.read(process.stdout.fileno(), 65536)): return
         *whole, pending = (pending + piece).split(b'\n')
         yield from map(json.loads, whole)

@@ -48,7 +48,7 @@ fuzz.child(folder, seed, range(*cases))
 
 def test_the_fuzzer_counts_crashes_hangs_and_losses():
     "A reader that crashes, hangs, loses a file, lets an exception through and asks for 8 GiB: each is found, and the case after it is tried."
-    records, _ = fuzz.fuzz_reader(9, seed=1, code=STAND_IN, seconds=12)
+    records, _ = fuzz.fuzz_reader(9, seed=1, code=STAND_IN, seconds=5)
     assert [r['fate'] for r in records] == ['read', 'read', 'crash', 'read', 'hang', 'error', 'error', 'error', 'read']
     assert 'lost' in records[5]['reason'] and 'escaped' in records[6]['reason'] and 'MemoryError' in records[7]['reason']
 
@@ -77,7 +77,7 @@ def encoded(keyword, value):
     return RawDataElement(Tag(keyword), vr, len(raw), raw, 0, False, True)
 
 
-@settings(max_examples=300, deadline=2000, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=200, deadline=2000, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(header=HEADER)
 def test_any_header_is_a_slice_or_a_reason(header):
     "Values of any kind in the elements that are read: facts within their limits, or DicomError; never another exception, never a warning's worth of silence."
@@ -107,10 +107,10 @@ def test_any_header_is_a_slice_or_a_reason(header):
 
 @pytest.mark.parametrize('seed', [0])
 def test_damaged_studies_are_read_to_the_last(small_data, tmp_path, seed):
-    "What `mscan_predict` reads: thirty studies with damaged, foreign, renamed and missing files and folders come back normalised; whatever is left is finite and has its geometry."
+    "What `mscan_predict` reads: twenty studies with damaged, foreign, renamed and missing files and folders come back normalised; whatever is left is finite and has its geometry."
     from mscan.submission import read_normalised
     bundled = [(f.name, f.read_bytes()) for f in sorted(fuzz.BUNDLED.glob('MR_small*.dcm'))]
-    done = fuzz.damaged_studies(tmp_path, small_data, range(30), seed, bundled)
+    done = fuzz.damaged_studies(tmp_path, small_data, range(20), seed, bundled)
     read = 0
     for study_id in done:
         study = read_normalised(tmp_path, study_id, None, .5, 99.5)
@@ -118,7 +118,7 @@ def test_damaged_studies_are_read_to_the_last(small_data, tmp_path, seed):
             assert len(s) == len(s.pixels) == len(s.files) == len(s.stack) and all(p.dtype == np.uint8 and p.shape == tuple(n) for p, n in zip(s.pixels, s.shape, strict=True))
             read += len(s)
         assert study.series or study.problems
-    assert read > 200 and len({a for acts in done.values() for a in acts}) >= 8
+    assert read > 150 and len({a for acts in done.values() for a in acts}) >= 8
     pixels.stop_apart()
 
 
