@@ -21,13 +21,12 @@ from fastcore.script import Param, call_parse
 from tqdm.auto import tqdm
 
 from .compare import KEYS, mean_predictions
-from .dicom import read_study
 from .grading import grade_study, load_models, study_rows
 from .images import normalise
 from .ladder import RUNGS
 from .metrics import RISKS
 from .mirror import conventional
-from .prepare import read_tables, sentence
+from .prepare import read_examined, read_tables, sentence
 from .rsna import PROBS, TableError, row_ids, write_submission
 from .runs import RunError, read_manifest, resolve
 
@@ -91,7 +90,7 @@ def read_normalised(
     low: float, high: float,  # percentiles that become black and white
 ):                            # Study
     "A test study as every stage sees it: 8 bits, stored by convention."
-    study = read_study(data_dir, 'test', study_id, descriptions)
+    study, _ = read_examined(data_dir, 'test', study_id, descriptions)
     study.series = [conventional(normalise(s, low, high)) for s in study.series]
     return study
 
