@@ -83,7 +83,7 @@ def leave(
     (run_dir/'.lock').unlink(missing_ok=True)
     return stages_in(run_dir)
 
-# %% ../nbs/080_session.ipynb #2b07e852
+# %% ../nbs/080_session.ipynb #6b08e0c3
 LOOK_S = 5.       # seconds between two looks at the clock and the disk
 
 class SessionOver(KeyboardInterrupt):
@@ -114,7 +114,7 @@ def session_limits(
     if threading.current_thread() is not threading.main_thread(): raise RunError('limits of a session need the main thread of a process')
     end = time.monotonic() + 3600*hours if hours else float('inf')
     def look(*_):
-        if time.monotonic() >= end: raise SessionOver(f'the budget of {hours:g} hours is used up')
+        if time.monotonic() >= end: raise SessionOver(f'the budget of {hours:.3g} hours is used up')
         if disk_gb and own_bytes(run_dir) > 1e9*disk_gb: raise SessionOver(f'{run_dir} has grown beyond {disk_gb:g} GB')
     before = signal.signal(signal.SIGALRM, look)
     signal.setitimer(signal.ITIMER_REAL, look_s, look_s)

@@ -149,7 +149,7 @@ def member_runs(
     if strange: raise RunError(f'{run_dir} holds fold_{strange[0]}, but its studies are in {known} folds: remove it, or name another folder')
     return [run_dir / f'fold_{f}' for f in there]
 
-# %% ../nbs/60_submission.ipynb #6691883f
+# %% ../nbs/60_submission.ipynb #f77bfdd4
 GRADING = ('10_prepare', '20_keypoints', '21_projection', '22_sides', '30_crops', '31_encoders', '40_levels', '42_grading')  # stages that grading needs
 
 
@@ -173,7 +173,7 @@ def predict(
     members = [load_models(m, pick_device(device)) for m in manifests]
     grade, save = partial(predict_members, data_dir, descriptions=tables.descriptions, members=members, strict=strict), partial(write_results, out=out, columns=MEAN_PROVENANCE if len(members) > 1 else PROVENANCE)
     if budget_hours:
-        late = partial(fallback_rows, members=members, reason=f'the budget of {budget_hours:g} hours ended before this study')
+        late = partial(fallback_rows, members=members, reason=f'the budget of {budget_hours:.3g} hours ended before this study')
         return grade_in_time(tables.studies, grade, late, save, 3600 * budget_hours - (time.monotonic() - start), progress)[0]
     rows = pd.concat([grade(s) for s in tqdm(tables.studies, desc='grade', disable=not progress or None, leave=False)], ignore_index=True)
     save(rows)

@@ -94,7 +94,7 @@ class Bare:
         (spec / 'kernel.json').write_text(json.dumps(dict(argv=[*self.private, str(self.start), '-m', 'ipykernel_launcher', '-f', '{connection_file}'], display_name='kaggle', language='python')))
 
     def python(self, code):
-        return subprocess.run([*self.private, self.start, '-c', code], capture_output=True, text=True)
+        return subprocess.run([*self.private, self.start, '-c', code], capture_output=True, text=True, cwd=self.working)
 
     def execute(self, notebook, monkeypatch, **parameters):
         "Run a notebook as Kaggle would; its cells, and what they printed."
@@ -255,7 +255,7 @@ def test_a_session_that_ends_keeps_finished_stages_and_no_kernel(tmp_path):
     run = lambda place, *more: subprocess.run([*CLI, '--data_dir', tmp_path / 'data', '--run_dir', tmp_path / place, '--nbs', tmp_path / 'nbs', *more], capture_output=True, text=True, cwd=tmp_path, env=os.environ | dict(PYTHONPATH=str(ROOT)))
     process = subprocess.Popen([*CLI, '--data_dir', tmp_path / 'data', '--run_dir', tmp_path / 'one', '--nbs', tmp_path / 'nbs', '-p', 'nap', '600', '--budget_hours', str(20 / 3600)], stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=os.environ | dict(PYTHONPATH=str(ROOT)))
     said = process.communicate(timeout=120)[1]
-    assert process.returncode == 2 and 'hours is used up' in said and 'Traceback' not in said, said
+    assert process.returncode == 2 and 'hours is used up' in said.strip().splitlines()[-1] and 'runner.py' not in said, said     # the dying kernel may have its say before
     assert sorted(p.parent.name for p in (tmp_path / 'one').glob('*/manifest.json')) == ['10_prepare']
     if mark.exists():                                        # not where this machine is too slow to begin the stage
         for _ in range(100):
