@@ -74,10 +74,10 @@ def project_wheel(folder):
         pip('wheel', '--quiet', '--no-deps', '--no-index', '--no-build-isolation', '--wheel-dir', folder, tmp)
 
 
-def weight_products(manifest) -> list:
-    "Names of a stage's products that grading opens: networks with their cards, and the prior."
+def weight_products(manifest, kind='') -> list:
+    "Names of a stage's products that grading opens: networks with their cards (of the encoders those of one kind), and the prior."
     paths = {p['path']: n for n, p in manifest.products.items()}
-    nets = [p for p in paths if p.endswith('.safetensors')]
+    nets = [p for p in paths if p.endswith('.safetensors') and (not p.startswith('encoder_') or p.startswith(f'encoder_{kind}'))]
     return [paths[p] for net in nets for p in (net, net.removesuffix('safetensors') + 'json')] + [n for n in manifest.products if n == 'prior']
 
 
@@ -88,13 +88,15 @@ def copy_weights(
     "Copy manifests, networks and prior. Raises RunError for a stage that is not finished, a file that its manifest does not know so, weights in another form."
     run_dir, total = resolve(run_dir), 0
     for k, run in enumerate(member_runs(run_dir)):
+        grader = read_manifest(run, '42_grading').dir / 'grader_0.json'
+        kind = f"{json.loads(grader.read_text(encoding='utf-8'))['features']}_" if grader.exists() else ''     # the graders read the features of these encoders alone
         for stage in GRADING:
             manifest = read_manifest(run, stage)
             place = Path(folder) / run.relative_to(run_dir) / stage
             place.mkdir(parents=True)
             shutil.copy(manifest.dir / MANIFEST, place)
             folds = ['studies'] if stage == '10_prepare' and k == 0 and run != run_dir else []     # how many folds there are
-            for name in weight_products(manifest) + folds:
+            for name in weight_products(manifest, kind) + folds:
                 source, product = manifest.path(name), manifest.products[name]
                 if file_hash(source) != product['sha256']: raise RunError(f'{source} is not the file that {stage} wrote: its hash differs from the manifest; run that stage again')
                 target = place / product['path']

@@ -25,7 +25,8 @@ from packaging.version import Version
 from conftest import ROOT
 from mscan.kaggle import CONTENTS, list_contents
 from mscan.rsna import PROBS, row_ids
-from mscan.runs import RunError, listing_hash
+from mscan.runs import RunError, Stage, listing_hash
+from mscan.submission import GRADING
 from submission import build
 from submission.build import copy_weights, locked, main, read_image
 
@@ -129,11 +130,14 @@ def packed(run, wheels, tmp_path_factory):
     return out
 
 
+def mounted(source, target): shutil.copytree(source, target, copy_function=os.link)    # hundreds of MB, never written to
+
+
 def competition(folder, data_dir, studies: dict):
     "A competition's folder with test studies under other numbers: {number: study of data_dir}; sample_submission.csv has them in an order of its own."
     (folder / 'test_images').mkdir(parents=True)
     described = pd.read_csv(data_dir / 'test_series_descriptions.csv', dtype=str)
-    for number, source in studies.items(): shutil.copytree(data_dir / 'test_images' / source, folder / 'test_images' / number)
+    for number, source in studies.items(): mounted(data_dir / 'test_images' / source, folder / 'test_images' / number)
     pd.concat([described[described.study_id == s].assign(study_id=n) for n, s in studies.items()]).to_csv(folder / 'test_series_descriptions.csv', index=False)
     pd.DataFrame(dict(row_id=row_ids(sorted(studies)))).assign(**dict.fromkeys(PROBS, 1 / 3)).to_csv(folder / 'sample_submission.csv', index=False)
     return folder
@@ -167,7 +171,7 @@ def test_the_image_lacks_what_is_brought(bare):
 
 
 def test_one_hidden_study(bare, packed, data, monkeypatch):
-    shutil.copytree(packed / 'dataset', bare.input / 'mscan-lumbar')
+    mounted(packed / 'dataset', bare.input / 'mscan-lumbar')
     hidden = competition(bare.input / 'rsna-2024', data[0], {'4003253': good_study(data)})
     said = bare.execute(packed / 'inference' / 'inference.ipynb', monkeypatch)
     _, provenance = check(bare.working, hidden)
@@ -182,7 +186,7 @@ def test_one_visible_study_then_thirty_hidden_ones(tmp_path, packed, data, run, 
     sessions = {'visible': {'44036939': good_study(data)}, 'hidden': {str(700001 + 37 * k): sources[k % len(sources)] for k in range(30)}}
     for name, studies in sessions.items():
         bare = Bare(tmp_path / name)
-        shutil.copytree(packed / 'dataset', bare.input / 'datasets' / 'somebody' / 'mscan-lumbar')
+        mounted(packed / 'dataset', bare.input / 'datasets' / 'somebody' / 'mscan-lumbar')
         place = competition(bare.input / 'competitions' / 'rsna-2024', data[0], studies)
         start = time.monotonic()
         said = bare.execute(packed / 'inference' / 'inference.ipynb', monkeypatch)
@@ -198,7 +202,7 @@ def test_one_visible_study_then_thirty_hidden_ones(tmp_path, packed, data, run, 
 
 @pytest.mark.slow
 def test_a_budget_that_is_too_small_still_submits(bare, packed, data, monkeypatch):
-    shutil.copytree(packed / 'dataset', bare.input / 'mscan-lumbar')
+    mounted(packed / 'dataset', bare.input / 'mscan-lumbar')
     hidden = competition(bare.input / 'rsna-2024', data[0], {str(n): good_study(data) for n in range(100, 160)})
     bare.execute(packed / 'inference' / 'inference.ipynb', monkeypatch, budget_hours=60 / 3600)
     _, provenance = check(bare.working, hidden)
@@ -229,7 +233,7 @@ def test_training_goes_on_from_session_to_session(tmp_path, wheels, data, monkey
     runs = []
     for k, parameters in ((1, dict(settings='20_keypoints.nap 600', budget_hours=45 / 3600)), (2, {})):
         bare = Bare(tmp_path / f's{k}')
-        shutil.copytree(out / 'dataset', bare.input / 'mscan-lumbar')
+        mounted(out / 'dataset', bare.input / 'mscan-lumbar')
         shutil.copytree(tmp_path / 'data', bare.input / 'rsna-2024')
         os.utime(bare.input / 'rsna-2024' / 'train.csv', (k, k))
         for j, earlier in enumerate(runs, 1): shutil.copytree(earlier, bare.input / f'mscan-lumbar-training-{j}' / 'run', symlinks=True)
@@ -312,18 +316,29 @@ def test_metadata_is_what_the_client_takes(packed):
         assert all('=' not in line.split('#')[1] for line in ''.join(json.loads((path.parent / meta['code_file']).read_text())['cells'][1]['source']).splitlines() if '#' in line), 'papermill reads no = in a comment'
 
 
+def finished_run(folder):
+    "A run whose networks are a few bytes."
+    for stage in GRADING:
+        made = Stage(folder, stage, dict(stage=stage, parameters={}, inputs={}, products={}, metrics={}), time.perf_counter())
+        for name in {'10_prepare': ['prior.csv', 'cache.npy'], '31_encoders': ['encoder_oof_0.safetensors', 'encoder_oof_0.json', 'encoder_in_fold_0.safetensors', 'encoder_in_fold_0.json'],
+                     '42_grading': ['grader_0.safetensors', 'grader_0.json', 'features.npz']}.get(stage, ['net.safetensors', 'net.json', 'history.csv']):
+            made.dir.mkdir(parents=True, exist_ok=True)
+            made.product('prior' if name == 'prior.csv' else name, name).write_text('{"features": "oof"}')
+        made.finish()
+    return folder
+
+
 @pytest.mark.parametrize('break_it, word', [
-    (lambda r: next((r / '42_grading').glob('*.safetensors')).write_bytes(b'no'), 'hash differs'),
+    (lambda r: (r / '42_grading' / 'grader_0.safetensors').write_bytes(b'no'), 'hash differs'),
     (lambda r: (r / '31_encoders' / 'manifest.json').unlink(), '31_encoders'),
-    (lambda r: next((r / '20_keypoints').glob('keypoints*.json')).unlink(), 'gone')])
-def test_a_run_that_is_not_what_its_manifests_say_is_refused(run, tmp_path, break_it, word):
-    for stage in run[0].glob('[0-9]*'):
-        (tmp_path / 'run' / stage.name).mkdir(parents=True)
-        for f in stage.iterdir():
-            if f.suffix in ('.json', '.safetensors', '.csv'): shutil.copy(f, tmp_path / 'run' / stage.name)
-    copy_weights(tmp_path / 'run', tmp_path / 'whole')
-    break_it(tmp_path / 'run')
-    with pytest.raises(RunError, match=word): copy_weights(tmp_path / 'run', tmp_path / 'broken')
+    (lambda r: (r / '20_keypoints' / 'net.json').unlink(), 'gone')])
+def test_a_run_that_is_not_what_its_manifests_say_is_refused(tmp_path, break_it, word):
+    run_dir = finished_run(tmp_path / 'run')
+    copy_weights(run_dir, tmp_path / 'whole')
+    kept = {p.name for p in (tmp_path / 'whole').rglob('*') if p.is_file()}
+    assert kept == {'manifest.json', 'prior.csv', 'net.safetensors', 'net.json', 'grader_0.safetensors', 'grader_0.json', 'encoder_oof_0.safetensors', 'encoder_oof_0.json'}
+    break_it(run_dir)
+    with pytest.raises(RunError, match=word): copy_weights(run_dir, tmp_path / 'broken')
 
 
 def test_folds_are_packed_as_folds(tmp_path):
@@ -336,7 +351,7 @@ def test_folds_are_packed_as_folds(tmp_path):
     assert len(list((tmp_path / 'packed').rglob('prior.csv'))) == 3 and [p.relative_to(tmp_path / 'packed').parts[0] for p in (tmp_path / 'packed').rglob('studies.parquet')] == ['fold_0']
 
 
-def test_a_folder_of_ones_own_is_not_replaced(tmp_path, capsys):
+def test_a_folder_of_ones_own_is_not_replaced(tmp_path):
     (tmp_path / 'mine').mkdir()
     (tmp_path / 'mine' / 'thesis.txt').write_text('years of work')
     with pytest.raises(SystemExit, match='not made by this command'): main(['--out', str(tmp_path / 'mine')])
