@@ -26,6 +26,7 @@ from .compare import KEYS, mean_predictions
 from .dicom import read_study
 from .grading import grade_study, load_models, study_rows
 from .images import normalise
+from .ladder import RUNGS
 from .metrics import RISKS
 from .mirror import conventional
 from .prepare import read_tables, sentence
@@ -57,7 +58,7 @@ def write_results(
     unfinished.replace(provenance)
     return submission, provenance
 
-# %% ../nbs/60_submission.ipynb #5f4743e1
+# %% ../nbs/60_submission.ipynb #21283291
 MEAN_PROVENANCE = ('row_id', 'models', 'source', 'slices', 'reason')
 
 
@@ -73,14 +74,15 @@ def joint_reason(
 def average_runs(
     tables: list,      # predictions of runs, fold 0 first: the same rows of `mscan.grading.study_rows` in any order
 ) -> pd.DataFrame:     # the rows of the first one, and models ('4 of 5')
-    "Mean (of p_score, and of p_risk) over the runs whose model answered a row, over all where none did. Raises TableError where rows differ."
+    "Mean (of p_score, and of p_risk) over the runs that answered a row from the best rung of the ladder. Raises TableError where rows differ."
     mean = mean_predictions(tables)                                                     # after this all have the same rows
     tables = [t.set_index(KEYS).loc[pd.MultiIndex.from_frame(mean[KEYS])] for t in tables]
-    model = np.stack([t['source'] == 'model' for t in tables])                          # (K, n)
-    voters = np.where(model.any(0), model, True)[..., None]                             # (K, n, 1)
+    rung = np.stack([t['source'].map(RUNGS.index).to_numpy(int) for t in tables])       # (K, n)
+    best = rung.min(0)
+    voters, model = (rung == best)[..., None], (rung == best) & (best < RUNGS.index('graded rows'))   # (K, n, 1), (K, n): who answers, and who has looked at the row
     p = np.stack([t[[*PROBS, *RISKS]].to_numpy(float) for t in tables])                 # (K, n, 6)
     mean[[*PROBS, *RISKS]] = (p * voters).sum(0) / voters.sum(0)
-    mean['source'] = np.where(model.any(0), 'model', tables[0]['source'])
+    mean['source'] = np.take(RUNGS, best)
     mean['slices'] = [' '.join(dict.fromkeys(' '.join(compress(s, m)).split())) for s, m in zip(zip(*(t.slices for t in tables), strict=True), model.T, strict=True)]
     mean['reason'] = [joint_reason(why) for why in zip(*(t.reason for t in tables), strict=True)]
     return mean.assign(models=[f'{n} of {len(tables)}' for n in model.sum(0)])

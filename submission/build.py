@@ -74,18 +74,21 @@ def project_wheel(folder):
         pip('wheel', '--quiet', '--no-deps', '--no-index', '--no-build-isolation', '--wheel-dir', folder, tmp)
 
 
+TABLES = ('prior', 'conditional')   # products that are no networks, and that grading opens
+
+
 def weight_products(manifest, kind='') -> list:
-    "Names of a stage's products that grading opens: networks with their cards (of the encoders those of one kind), and the prior."
+    "Names of a stage's products that grading opens: networks with their cards (of the encoders those of one kind), and the fallback's tables."
     paths = {p['path']: n for n, p in manifest.products.items()}
     nets = [p for p in paths if p.endswith('.safetensors') and (not p.startswith('encoder_') or p.startswith(f'encoder_{kind}'))]
-    return [paths[p] for net in nets for p in (net, net.removesuffix('safetensors') + 'json')] + [n for n in manifest.products if n == 'prior']
+    return [paths[p] for net in nets for p in (net, net.removesuffix('safetensors') + 'json')] + [n for n in manifest.products if n in TABLES]
 
 
 def copy_weights(
     run_dir,      # a finished run, or a folder of folds
     folder,       # gets the same, with no more than grading needs
 ) -> int:         # bytes
-    "Copy manifests, networks and prior. Raises RunError for a stage that is not finished, a file that its manifest does not know so, weights in another form."
+    "Copy manifests, networks and the fallback's tables. Raises RunError for a stage that is not finished, a file that its manifest does not know so, weights in another form."
     run_dir, total = resolve(run_dir), 0
     for k, run in enumerate(member_runs(run_dir)):
         grader = read_manifest(run, '42_grading').dir / 'grader_0.json'

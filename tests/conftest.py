@@ -30,7 +30,7 @@ BIN = Path(sys.executable).parent
 ENV = os.environ | dict(OMP_NUM_THREADS='1', MPLBACKEND='Agg')   # two threads a process on two busy cores wait for each other for minutes
 SMOKE = ['--preset', 'smoke', '-p', 'view_dropout', '0.1',      # smoke's U-Net has learned nothing: most of its points meet no axial slice
          '-p', '31_encoders.features', 'in_fold,oof', '-p', '31_encoders.parts', '2', '-p', '42_grading.features', 'oof', '-p', 'variants', 'sagittal_gru,mscan,mscan_oof',
-         '-p', '31_encoders.sides', 'true', '-p', '42_grading.model', 'bilateral']
+         '-p', '31_encoders.sides', 'true', '-p', '42_grading.model', 'bilateral', '-p', 'contrast_dropout', '0.5', '-p', '42_grading.views', '1']
 
 
 def command(name, *args, ok=True):

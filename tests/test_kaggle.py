@@ -291,7 +291,7 @@ def test_the_data_set_holds_weights_and_wheels_and_nothing_else(packed, run, whe
     folder = packed / 'dataset'
     files = {p.relative_to(folder).as_posix() for p in folder.rglob('*') if p.is_file()}
     assert {Path(f).suffix for f in files if f.startswith('run/')} == {'.json', '.safetensors', '.csv'}
-    assert {Path(f).name for f in files if f.startswith('run/') and f.endswith('.csv')} == {'prior.csv'}
+    assert {Path(f).name for f in files if f.startswith('run/') and f.endswith('.csv')} == {'prior.csv', 'conditional.csv'}
     assert not [f for f in files if Path(f).suffix in ('.pt', '.pth', '.pkl', '.npy', '.npz', '.parquet', '.dcm')]
     assert {Path(f).name.split('-')[0] for f in files if f.startswith('wheels/')} == {'mscan', *(n.replace('-', '_') for n in KNOWN.brought)}
     contents = json.loads((folder / CONTENTS).read_text())
@@ -319,9 +319,9 @@ def finished_run(folder):
     for stage in GRADING:
         made = Stage(folder, stage, dict(stage=stage, parameters={}, inputs={}, products={}, metrics={}), time.perf_counter())
         for name in {'10_prepare': ['prior.csv', 'cache.npy'], '31_encoders': ['encoder_oof_0.safetensors', 'encoder_oof_0.json', 'encoder_in_fold_0.safetensors', 'encoder_in_fold_0.json'],
-                     '42_grading': ['grader_0.safetensors', 'grader_0.json', 'features.npz']}.get(stage, ['net.safetensors', 'net.json', 'history.csv']):
+                     '42_grading': ['grader_0.safetensors', 'grader_0.json', 'conditional.csv', 'features.npz']}.get(stage, ['net.safetensors', 'net.json', 'history.csv']):
             made.dir.mkdir(parents=True, exist_ok=True)
-            made.product('prior' if name == 'prior.csv' else name, name).write_text('{"features": "oof"}')
+            made.product(name.removesuffix('.csv'), name).write_text('{"features": "oof"}')
         made.finish()
     return folder
 
@@ -334,7 +334,7 @@ def test_a_run_that_is_not_what_its_manifests_say_is_refused(tmp_path, break_it,
     run_dir = finished_run(tmp_path / 'run')
     copy_weights(run_dir, tmp_path / 'whole')
     kept = {p.name for p in (tmp_path / 'whole').rglob('*') if p.is_file()}
-    assert kept == {'manifest.json', 'prior.csv', 'net.safetensors', 'net.json', 'grader_0.safetensors', 'grader_0.json', 'encoder_oof_0.safetensors', 'encoder_oof_0.json'}
+    assert kept == {'manifest.json', 'prior.csv', 'conditional.csv', 'net.safetensors', 'net.json', 'grader_0.safetensors', 'grader_0.json', 'encoder_oof_0.safetensors', 'encoder_oof_0.json'}
     break_it(run_dir)
     with pytest.raises(RunError, match=word): copy_weights(run_dir, tmp_path / 'broken')
 

@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 
 from conftest import ENV, SMOKE, command
+from mscan.ladder import RUNGS
 from mscan.rsna import row_ids
 
 BIN = Path(sys.executable).parent
@@ -69,8 +70,9 @@ def test_the_provenance_says_why(run, data, change, source, word):
 
 def test_slices_name_files_that_are_there(run, data):
     _, provenance = submission_of(run[0] / '60_submission')
-    graded = provenance[provenance['source'] == 'model']
-    assert len(graded) and (provenance[provenance['source'] != 'model'].slices == '').all()
+    looked = provenance['source'].isin(['model', 'other contrast'])
+    graded = provenance[looked]
+    assert len(graded) and (provenance[~looked].slices == '').all()
     for row_id, row in graded.iterrows():
         names = row.slices.split()
         assert 1 <= len(names) <= 10 and all((data[0] / 'test_images' / row_id.split('_')[0] / f'{n}.dcm').exists() for n in names), names
@@ -82,16 +84,23 @@ def test_good_studies_are_graded_by_the_model_and_others_say_prior(run, data):
     canal = good.index.str.contains('spinal_canal')
     assert (good[canal]['source'] == 'model').mean() >= .5
     for condition in ('left_neural', 'right_neural', 'left_subarticular', 'right_subarticular'): assert (good[good.index.str.contains(condition)]['source'] == 'model').any(), condition
-    assert (good[good['source'] == 'prior'].reason != '').all() and not good.reason.str.contains('not graded by the model').any()
+    assert set(good['source']) <= set(RUNGS) and (good[good['source'] != 'model'].reason != '').all() and not good.reason.str.contains('not graded by the model').any()
 
 
-def test_a_study_without_t1_or_axial_keeps_the_rows_that_it_shows(run, data):
+def test_a_study_without_t1_or_axial_takes_the_next_rung(run, data):
+    "Foramina without T1 are graded on T2, by a model trained with contrast dropout; recesses without axial slices from the graded rows of their level; what is seen stays the model's."
     _, provenance = submission_of(run[0] / '60_submission')
-    for change, gone in (('no_sagittal_t1', 'neural_foraminal'), ('no_axial', 'subarticular')):
+    for change, gone, rungs in (('no_sagittal_t1', 'neural_foraminal', ('other contrast', 'graded rows', 'prior')), ('no_axial', 'subarticular', ('graded rows', 'prior'))):
         number = next(n for n, c in data[1].items() if c == change)
         mine = provenance[provenance.index.str.startswith(f'{number}_')]
-        lost = mine.index.str.contains(gone)
-        assert (mine[lost]['source'] == 'prior').all() and mine[lost].reason.str.contains('series').all() and (mine[~lost]['source'] == 'model').any()
+        lost, level = mine.index.str.contains(gone), mine.index.str[-5:]
+        assert set(mine[lost]['source']) <= set(rungs) and (mine[lost]['source'] == rungs[0]).any(), mine[lost]['source'].tolist()
+        assert mine[lost].reason.str.contains('series').all() and (mine[~lost]['source'] == 'model').any()
+        known = {l for l, s in zip(level, mine['source'], strict=True) if s in RUNGS[:2]}
+        assert all((s == 'prior') == (l not in known) for l, s in zip(level, mine['source'], strict=True) if s not in RUNGS[:2])      # the prior only where nothing of the level was graded
+    views = {d.name: view_of(d) for d in (data[0] / 'test_images' / next(n for n, c in data[1].items() if c == 'no_sagittal_t1')).iterdir()}
+    on_t2 = provenance[provenance['source'] == 'other contrast']
+    assert {views[s.split('/')[0]] for row in on_t2.slices for s in row.split()} == {'sagittal_t2'} and on_t2.index.str.contains('neural_foraminal').all()
 
 
 def test_predict_repeats_the_run_without_train_csv(run, data, tmp_path):
@@ -155,7 +164,7 @@ def test_missing_views_are_graded_by_a_model_that_has_met_them():
     crops = SimpleNamespace(sagittal_mask=np.ones(5, bool), axial_mask=np.zeros((1, 5, 3), bool))
     for dropout, source in ((0., 'prior'), (.1, 'model')):
         rows = study_rows('5', series, SimpleNamespace(boxes=boxes, centres=centres, reasons=['no axial T2 series']), crops, np.full((5, 1, 3), 1 / 3),
-                          SimpleNamespace(conditions=['spinal_canal_stenosis'], prior=prior_table(lesson.labels), view_dropout=dropout))
+                          SimpleNamespace(conditions=['spinal_canal_stenosis'], prior=prior_table(lesson.labels), conditional=None, view_dropout=dropout))
         canal = rows[rows.condition == 'spinal_canal_stenosis']
         assert (canal['source'] == source).all() and canal.reason.str.contains('no axial').all()
 
