@@ -5,11 +5,10 @@
 # %% auto #0
 __all__ = ['MARGIN', 'SAVE_S', 'SAVE_SHARE', 'forecast', 'grade_in_time']
 
-# %% ../nbs/597_budget.ipynb #2dc876f4
+# %% ../nbs/597_budget.ipynb #b7d11f57
 import sys
 import time
 
-import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 

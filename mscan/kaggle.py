@@ -6,7 +6,7 @@
 __all__ = ['CONTENTS', 'NOT_THERE', 'ROWS_A_STUDY', 'find_data', 'list_contents', 'check_contents', 'check_image', 'run_prior',
            'follow_sample', 'check_submission']
 
-# %% ../nbs/61_kaggle.ipynb #5bf4ac0e
+# %% ../nbs/61_kaggle.ipynb #3716ef4b
 import json
 from importlib import metadata
 from pathlib import Path
@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from .metrics import floor_probabilities, prior_rows
-from .rsna import PROBS, check_probabilities, read_submission, split_row_ids, write_submission
+from .rsna import PROBS, read_submission, split_row_ids, write_submission
 from .runs import RunError, file_hash, read_manifest
 from .session import IMAGES, folders_below
 from .submission import member_runs

@@ -51,6 +51,11 @@ def made_once(factory, name, make):
     return folder, json.loads(note.read_text())
 
 
+def view_of(folder):
+    from mscan.dicom import read_series
+    return read_series(folder, pixels=False).view
+
+
 @pytest.fixture(scope='session')
 def data(request, tmp_path_factory):
     "The small phantom, with tables that list far more studies than there are images, and test studies broken in seven ways; {study: how}."
@@ -58,8 +63,6 @@ def data(request, tmp_path_factory):
 
 
 def break_studies(small_data, folder):
-    from mscan.dicom import read_series
-    def view_of(folder): return read_series(folder, pixels=False).view
     shutil.copytree(small_data, folder)
     test = folder / 'test_images'
     good = sorted(p.name for p in test.iterdir())[0]

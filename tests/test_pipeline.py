@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from conftest import ENV, SMOKE, command
+from conftest import ENV, SMOKE, command, view_of
 from mscan.ladder import RUNGS
 from mscan.rsna import row_ids
 
