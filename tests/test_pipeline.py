@@ -116,6 +116,27 @@ def test_predict_repeats_the_run_without_train_csv(run, data, tmp_path):
     assert (why['source'] == why_again['source']).all() and (why.slices == why_again.slices).all()
 
 
+def test_report_and_structured_report_of_the_run(run, data, tmp_path):
+    "A good study, one without axial slices and one with nothing readable, by the networks of the run: pages and rows for all, and a refusal for headers as the competition has them."
+    from mscan.report import write_report
+    from mscan.sr import write_reports
+    number = {change: n for n, change in data[1].items()}
+    good = sorted(p.name for p in (data[0] / 'test_images').iterdir() if p.name not in data[1])[0]
+    few, chosen = tmp_path / 'few', [good, number['no_axial'], number['nothing_readable']]
+    for s in chosen: shutil.copytree(data[0] / 'test_images' / s, few / 'test_images' / s)
+    shutil.copy(data[0] / 'test_series_descriptions.csv', few)
+    rows = write_report(run[0], few, tmp_path / 'out', device='cpu', progress=False)
+    submission, provenance = submission_of(run[0] / '60_submission')
+    mine = rows.set_index(rows.study_id + '_' + rows.condition + '_' + rows.level)
+    assert len(mine) == 75 and np.abs(submission.loc[mine.index].to_numpy() - mine[['normal_mild', 'moderate', 'severe']].to_numpy(float)).max() < 2e-3
+    assert (mine['source'] == provenance.loc[mine.index, 'source']).all() and mine[mine['source'] != 'model'].review.all()
+    text = {s: (tmp_path / 'out' / f'study_{s}.html').read_text() for s in chosen}
+    assert 'no axial T2 series' in text[number['no_axial']] and 'No axial slice reaches this level' in text[number['no_axial']] and 'No level was located' in text[number['nothing_readable']]
+    assert text[good].count('data:image/') > 20 and 'could be shown' not in text[good] and 'views (rows) ask views (columns)' in text[good]
+    written, refused = write_reports(run[0], few, tmp_path / 'sr', good, 'cpu')
+    assert not written and 'SOPClassUID' in refused[0] and 'PatientName' in refused[0]
+
+
 def test_a_second_call_does_nothing_again(run, data):
     before = {p: p.stat().st_mtime_ns for p in run[0].glob('*/manifest.json')}
     command('mscan_run', '--data_dir', data[0], '--run_dir', run[0], *SMOKE)
