@@ -19,7 +19,7 @@ from multiprocessing.reduction import ForkingPickler
 import cv2
 from tqdm.auto import tqdm
 
-# %% ../nbs/005_workers.ipynb #49e8881d
+# %% ../nbs/005_workers.ipynb #a20e19f6
 @contextmanager
 def one_cv2_thread():
     "OpenCV on one thread within, as before afterwards: what is forked within inherits no thread pool that is not there."
@@ -33,7 +33,7 @@ def few_threads(
     threads: int=1,  # more than one only where the parent has not computed with torch before
 ):
     "For the start of a worker: torch, if it is there at all, computes on so many threads. OpenCV's threads are the parent's business."
-    if 'torch' in sys.modules: sys.modules['torch'].set_num_threads(threads)
+    if 'torch' in sys.modules: sys.modules['torch'].set_num_threads(min(threads, sys.modules['torch'].get_num_threads()))
 
 # %% ../nbs/005_workers.ipynb #5e3082ce
 @dataclass(frozen=True)
