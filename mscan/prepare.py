@@ -7,7 +7,7 @@ __all__ = ['GEOMETRY', 'STEP_MM', 'SIDE_MM', 'read_tables', 'series_report', 'st
            'cache_study', 'load_study', 'locate_points', 'clean_canal_points', 'clean_sides', 'clean_points', 'prepare',
            'load_tables', 'sentence', 'quality_lines', 'mscan_check']
 
-# %% ../nbs/10_prepare.ipynb #8a3cb439
+# %% ../nbs/10_prepare.ipynb #f4e3b627
 import json
 import sys
 from pathlib import Path
@@ -18,6 +18,7 @@ import pandas as pd
 from fastcore.script import Param, call_parse
 
 from .dicom import Series, Study, read_study
+from .files import whole_files
 from .images import normalise
 from .metrics import prior_table
 from .mirror import conventional, stored_reversed
@@ -100,7 +101,7 @@ def check_data(
 
 def _report_job(job): return study_report(read_study(*job))
 
-# %% ../nbs/10_prepare.ipynb #c6667ec7
+# %% ../nbs/10_prepare.ipynb #c15ab9ae
 GEOMETRY = ('ipp_x', 'ipp_y', 'ipp_z', 'row_x', 'row_y', 'row_z', 'col_x', 'col_y', 'col_z', 'row_mm', 'column_mm')
 
 
@@ -131,20 +132,23 @@ def cache_study(
         rows.append(slice_rows(series, offset, turned))
         pixels += [p.ravel() for p in series.pixels]
         offset += int(series.shape.prod(1).sum())
-    np.save(Path(cache) / f'{study_id}.npy', np.concatenate(pixels) if pixels else np.zeros(0, np.uint8))
+    with whole_files(Path(cache) / f'{study_id}.npy') as (half,): np.save(half, np.concatenate(pixels) if pixels else np.zeros(0, np.uint8))
     return (pd.concat(rows) if rows else pd.DataFrame()), report
 
-# %% ../nbs/10_prepare.ipynb #e5481731
+# %% ../nbs/10_prepare.ipynb #f036f5d4
 def load_study(
     tables,          # of `load_tables`, or the folder of stage 10
     study_id: str,
 ) -> Study:          # normalised series whose pixels are views of the memory-mapped cache
     "A study from the cache; no DICOM is touched."
     if not isinstance(tables, SimpleNamespace): tables = load_tables(tables)
-    pixels = np.load(Path(tables.dir) / 'cache' / f'{study_id}.npy', mmap_mode='r')
     study = Study(study_id, [], list(tables.problems.get(study_id, [])))
     rows = tables.by_study.get(study_id)
     if rows is None: return study
+    try: pixels = np.load(Path(tables.dir) / 'cache' / f'{study_id}.npy', mmap_mode='r')
+    except (OSError, ValueError, EOFError) as e: raise TableError(f'{tables.dir}: the pixels of study {study_id} cannot be read ({e}): run 10_prepare again') from None
+    n = int((rows.offset + rows['rows'] * rows['columns']).max())
+    if pixels.dtype != np.uint8 or pixels.shape != (n,): raise TableError(f'{tables.dir}: the pixels of study {study_id} are {pixels.shape} {pixels.dtype}, not {n} bytes: run 10_prepare again')
     for (series_id, view), t in rows.groupby(['series_id', 'view'], sort=False):
         shape, geometry = t[['rows', 'columns']].to_numpy(), t[list(GEOMETRY)].to_numpy()
         images = [pixels[o:o + r * c].reshape(r, c) for o, (r, c) in zip(t.offset, shape, strict=True)]
@@ -284,15 +288,17 @@ def prepare(
     (out / 'quality.json').write_text(json.dumps(dict(notes=notes, studies=reports), indent=1), encoding='utf-8')
     return load_tables(out)
 
-# %% ../nbs/10_prepare.ipynb #1164cd3d
+# %% ../nbs/10_prepare.ipynb #c1047cc8
 def load_tables(
     folder,              # of stage 10
 ) -> SimpleNamespace:    # dir, studies, series, slices, labels, points, prior, notes, problems by study, slices by study
     "The tables of stage 10, as `prepare` wrote them."
     folder = Path(folder)
     if not (folder / 'quality.json').exists(): raise FileNotFoundError(f'{folder} holds no prepared data: run 10_prepare first')
-    tables = {n: pd.read_parquet(folder / f'{n}.parquet') for n in ('studies', 'series', 'slices', 'labels', 'points')}
-    quality = json.loads((folder / 'quality.json').read_text(encoding='utf-8'))
+    try:
+        tables = {n: pd.read_parquet(folder / f'{n}.parquet') for n in ('studies', 'series', 'slices', 'labels', 'points')}
+        quality = json.loads((folder / 'quality.json').read_text(encoding='utf-8'))
+    except (OSError, ValueError) as e: raise TableError(f'the tables in {folder} cannot be read ({e}): run 10_prepare again') from None
     return SimpleNamespace(dir=folder, prior=pd.read_csv(folder / 'prior.csv'), notes=quality['notes'], **tables,
                            problems={r['study_id']: r['problems'] for r in quality['studies']},
                            by_study=dict(tuple(tables['slices'].groupby('study_id', sort=False))))
