@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MAX_FILE', 'MAX_TEXT', 'PIXELS', 'DIRECTORY', 'TEXTS', 'NUMBERS', 'SHORT_ECHO_MS', 'LONG_ECHO_MS',
-           'SHORT_REPETITION_MS', 'STIR_MS', 'FLAIR_MS', 'SAME_PLANE', 'LOCALISER', 'DERIVED', 'read_head', 'planes_of',
-           'contrast_of', 'view_of']
+           'SHORT_REPETITION_MS', 'STIR_MS', 'FLAIR_MS', 'SAME_PLANE', 'LOCALISER', 'DERIVED', 'Bounded', 'read_head',
+           'planes_of', 'contrast_of', 'view_of']
 
 # %% ../nbs/020_heads.ipynb #189282fd
 import os
@@ -23,13 +23,19 @@ from pydicom.uid import DeflatedExplicitVRLittleEndian
 
 from .dicom import DicomError
 
-# %% ../nbs/020_heads.ipynb #a000c00e
+# %% ../nbs/020_heads.ipynb #71bdb650
 MAX_FILE = 2 ** 27  # bytes of one file, and of what a deflated one may unpack to: four times the largest slice that is believed
 MAX_TEXT = 128      # characters that are kept of an element
 PIXELS = Tag('PixelData')
 DIRECTORY = '1.2.840.10008.1.3.10'  # SOP class of a DICOMDIR
 TEXTS = dict(study_uid='StudyInstanceUID', series_uid='SeriesInstanceUID', sop_uid='SOPInstanceUID', number='InstanceNumber', patient='PatientID', modality='Modality', description='SeriesDescription', protocol='ProtocolName')
 NUMBERS = dict(echo_ms='EchoTime', repetition_ms='RepetitionTime', inversion_ms='InversionTime', rows='Rows', columns='Columns', position='ImagePositionPatient', orientation='ImageOrientationPatient')
+
+
+class Bounded:
+    "A stream that is never asked for more than the file has: a header may claim that its next element is of 4 GB, and room for it would be made first."
+    def __init__(self, stream, size): self.stream, self.size, self.seek, self.tell = stream, size, stream.seek, stream.tell
+    def read(self, n: int=-1): return self.stream.read(n if 0 <= n < self.size else self.size)
 
 
 def read_head(
@@ -41,10 +47,11 @@ def read_head(
         if stream.read(132)[128:] != b'DICM': raise DicomError('empty file (0 bytes)' if not size else 'not a DICOM file')
         if size > MAX_FILE: raise DicomError(f'a file of {size >> 20} MiB; at most {MAX_FILE >> 20} are read')
         stream.seek(0)
+        stream = Bounded(stream, size)
         try:
             read_preamble(stream, False)
             meta = FileMetaDataset(read_dataset(stream, False, True, stop_when=lambda tag, vr, length: tag.group != 2))
-            syntax = meta.TransferSyntaxUID
+            syntax, kind = meta.TransferSyntaxUID, str(meta.get('MediaStorageSOPClassUID', ''))
             if syntax == DeflatedExplicitVRLittleEndian: stream = BytesIO(zlib.decompressobj(-zlib.MAX_WBITS).decompress(stream.read(), MAX_FILE))
             data = read_dataset(stream, syntax.is_implicit_VR, syntax.is_little_endian, stop_when=lambda tag, vr, length: tag >= PIXELS, specific_tags=[Tag(k) for k in (*TEXTS.values(), *NUMBERS.values())])
         except Exception as e: raise DicomError(f'not readable as DICOM ({type(e).__name__})') from None
@@ -53,7 +60,7 @@ def read_head(
         try: return of(data[keyword].value)
         except Exception: return of('')
     numbers = lambda v: tuple(float(x) for x in (v if isinstance(v, (list, tuple)) or hasattr(v, 'append') else [v])) if v not in ('', None) else ()
-    return SimpleNamespace(file=str(file), size=size, kind=str(meta.get('MediaStorageSOPClassUID', '')), **{k: value(w, lambda v: str('' if v is None else v).strip()[:MAX_TEXT]) for k, w in TEXTS.items()}, **{k: value(w, numbers) for k, w in NUMBERS.items()})
+    return SimpleNamespace(file=str(file), size=size, kind=kind, **{k: value(w, lambda v: str('' if v is None else v).strip()[:MAX_TEXT]) for k, w in TEXTS.items()}, **{k: value(w, numbers) for k, w in NUMBERS.items()})
 
 # %% ../nbs/020_heads.ipynb #a8fe7fe4
 SHORT_ECHO_MS, LONG_ECHO_MS = 35., 60.    # spine protocols: T1 8-20, T2 80-120, STIR 30-80
