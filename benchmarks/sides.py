@@ -13,13 +13,17 @@ import pandas as pd
 from tqdm import tqdm
 
 from mscan import sides
+from mscan.evaluate import read_truth
 from mscan.foramina import FORAMEN, RECESS, foramen_card, side_errors
 from mscan.images import Preprocess
+from mscan.keypoints import load_keypoints
 from mscan.metrics import bootstrap_interval, paired_bootstrap
-from mscan.prepare import load_study, load_tables
+from mscan.prepare import load_study, load_tables, read_tables
 from mscan.projection import choose_slices
 from mscan.recesses import recess_card
 from mscan.rsna import LEVELS
+from mscan.runs import read_manifest
+from mscan.submission import read_normalised
 from mscan.training import save_weights
 
 from ._common import Report, one_thread, parser
@@ -55,12 +59,26 @@ def trained(run, ids, args) -> tuple:
     return sides.load_sides(folder / 'foramina', folder / 'recesses'), note
 
 
-def measure(run, ids, ask, astray_mm: float=0., seed: int=0) -> dict:
+def held_in_run(run, ids):
+    "(study id, study, labelled points, found canal points) of studies of the run."
+    for s in ids: yield s, load_study(run.tables, s), run.points[s], run.found[s]
+
+
+def held_out(run_dir: Path, data_dir: Path, count: int):
+    "The same of test_images that the run has never seen: canal points by its U-Net, true points of truth.csv in the labels' place, so that no click's error is in the figures."
+    manifests = {s: read_manifest(run_dir.absolute(), s) for s in ('10_prepare', '20_keypoints')}
+    find, low_high = load_keypoints(manifests['20_keypoints'].dir / 'keypoints', 'cpu'), [manifests['10_prepare'].parameters[k] for k in ('low', 'high')]
+    tables, truth = read_tables(data_dir, 'test'), dict(tuple(read_truth(data_dir / 'truth.csv').groupby('study_id')))
+    for s in [s for s in tables.studies if s in truth][:count or None]:
+        study = read_normalised(data_dir, s, tables.descriptions, *low_high)
+        if study.of('sagittal_t2'): yield s, study, truth[s], find(study.of('sagittal_t2')[0]).set_index('level').reindex(LEVELS)[['x_mm', 'y_mm', 'z_mm']].to_numpy(float)
+
+
+def measure(cases, ask, astray_mm: float=0., seed: int=0) -> dict:
     "{(what, way): a row a labelled side}; with canal points moved along patient x by one draw a study."
     out, rng = {}, np.random.default_rng(seed)
-    for s in tqdm(ids, desc='measure', leave=False):
-        study, points = load_study(run.tables, s), run.points[s]
-        xyz = run.found[s] + [rng.normal(0, astray_mm), 0, 0]
+    for s, study, points, canal in tqdm(cases, desc='measure', leave=False):
+        xyz = canal + [rng.normal(0, astray_mm), 0, 0]
         for key, table in sides.answers(ask, study, choose_slices(study.of('axial_t2'), xyz), xyz).items():
             out.setdefault(key, []).append(sides.measured(side_errors(table, points, study), points, key[0], s))
     return {k: pd.concat(v, ignore_index=True) for k, v in out.items()}
@@ -85,7 +103,7 @@ def add_figures(report, found: dict, what: str, args, title: str, limits: bool):
         middle = interval(partial(quantile, mm=mm, q=.5))
         report.add(f'{short}, {way}: median in plane, mm', middle, f'<= {most:g}' if held else '', middle.value <= most if held else None)
         report.add(f'{short}, {way}: p95 in plane, mm', interval(partial(quantile, mm=mm, q=.95)))
-    for way in sides.sides.WAYS[1:]:
+    for way in sides.WAYS[1:]:
         gain = paired_bootstrap(*(partial(quantile, mm=tables[w].in_plane_mm.to_numpy(float), q=.5) for w in ('network', way)), study, args.draws, args.seed)
         held = limits and way == 'offset'
         report.add(f'{short}: median, network - {way}, mm', gain, 'interval < 0' if held else '', gain.high < 0 if held else None)
@@ -97,6 +115,7 @@ def main(argv=None):
     p = parser('sides', __doc__.split('\n')[0], 60)
     p.add_argument('--run_dir', type=Path, default=Path('runs/science'), help='run with a test part, at least as far as 20_keypoints')
     p.add_argument('--part', default='test', help='part that is measured')
+    p.add_argument('--data_dir', type=Path, default=None, help="measure the run's own networks on this folder's test_images and truth.csv instead; nothing is trained")
     p.add_argument('--train', type=int, default=120, help='training studies; 0: all')
     p.add_argument('--astray_mm', type=float, default=4., help='standard deviation of the move of "canal astray"; 0: without')
     p.add_argument('--foramen_epochs', type=int, default=3)
@@ -108,15 +127,20 @@ def main(argv=None):
     p.add_argument('--window_px', type=int, default=64)
     args = p.parse_args(argv)
     one_thread()
-    run = known(args.run_dir)
-    ids, own = some_of(run, args.part, args.studies, args.seed), some_of(run, 'train', args.train, args.seed)
-    if not ids or not own: raise SystemExit(f'{args.run_dir} has no labelled studies in its train or {args.part} part')
-    ask, note = trained(run, own, args)
-    report = Report('sides', args, f'{args.run_dir.name}, {len(ids)} studies of its {args.part} part; networks trained on {len(own)} others')
-    found = measure(run, ids, ask)
+    if args.data_dir:
+        upstream = read_manifest(args.run_dir.absolute(), '22_sides')
+        ask, cases = sides.load_sides(upstream.dir / 'foramina', upstream.dir / 'recesses', upstream.parameters['sides']), list(held_out(args.run_dir, args.data_dir, args.studies))
+        report, note = Report('sides', args, f'{len(cases)} held-out studies of {args.data_dir.name}, true points; networks of {args.run_dir.name}'), 'nothing was trained'
+    else:
+        run = known(args.run_dir)
+        ids, own = some_of(run, args.part, args.studies, args.seed), some_of(run, 'train', args.train, args.seed)
+        if not ids or not own: raise SystemExit(f'{args.run_dir} has no labelled studies in its train or {args.part} part')
+        (ask, note), cases = trained(run, own, args), list(held_in_run(run, ids))
+        report = Report('sides', args, f'{args.run_dir.name}, {len(ids)} studies of its {args.part} part; networks trained on {len(own)} others')
+    found = measure(cases, ask)
     for what, title in TITLES.items(): add_figures(report, found, what, args, title, limits=True)
     if args.astray_mm:
-        found = measure(run, ids, ask, args.astray_mm, args.seed)
+        found = measure(cases, ask, args.astray_mm, args.seed)
         for what, title in TITLES.items(): add_figures(report, found, what, args, f'{title}, canal astray', limits=False)
     report.notes.append(note)
     return report.finish()

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['VIEWS', 'SERIES', 'all_crops', 'all_features', 'SideSet', 'one_pass', 'condition_factors', 'side_loss', 'grade_sides']
 
-# %% ../nbs/421_sidegrading.ipynb #834f35a8
+# %% ../nbs/421_sidegrading.ipynb #a96ea347
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,10 +16,10 @@ from torch.utils.data import Dataset
 from .bilateral import both_sides, seen_from
 from .crops import find_centres, study_crops
 from .encoders import augmented, encode
-from .sidecrops import Frames, side_crops
+from .sidecrops import OWN_CONTRAST, Frames, on_other_contrast, side_crops
 from .training import weighted_ce
 
-# %% ../nbs/421_sidegrading.ipynb #e4f2ab0c
+# %% ../nbs/421_sidegrading.ipynb #2cd75043
 VIEWS = ('sagittal', 'axial', 'foramen', 'recess')
 
 
@@ -31,13 +31,18 @@ def all_crops(
     canal_xyz_mm,           # (5, 3) mm
     pictures, centre_net, window_px: int,            # of `mscan.crops`
     size_px: int=96, device='cpu',
-) -> SimpleNamespace:       # sagittal (T, H, W), axial (2, P, T, S, H, W), foramen (2, T, F, H, W), recess (2, P, T, S, H, W), each with its mask
+    contrasts=OWN_CONTRAST, # sources of foramina that count; with 'other contrast' a study without T1 has them from T2
+    other: bool=False,      # also the foramina of T1 as T2 shows them, for contrast dropout
+) -> SimpleNamespace:       # sagittal (T, H, W), axial (2, P, T, S, H, W), foramen (2, T, F, H, W), recess (2, P, T, S, H, W), perhaps foramen_other, each with its mask
     "Crops of all views of one study; where a first axis is 2, left comes first."
     frames = Frames(study, pictures.prepare, float(np.nanmean(np.asarray(canal_xyz_mm, float)[:, 0])), pictures)
     chosen = centres.drop(columns=['x_px', 'y_px', 'centre_source', 'disagreement_mm'], errors='ignore')
-    other = find_centres(centre_net, frames.mirrored, chosen, frames.place(1, canal_xyz_mm), frames.pictures[1], window_px, device)
-    plain, turned = study_crops(pictures, boxes, centres, size_px), study_crops(frames.pictures[1], boxes.iloc[:0], other, size_px)
-    sides = side_crops(frames, foramina, recesses, len(plain.axial), size_px)
+    mirrored = find_centres(centre_net, frames.mirrored, chosen, frames.place(1, canal_xyz_mm), frames.pictures[1], window_px, device)
+    plain, turned = study_crops(pictures, boxes, centres, size_px), study_crops(frames.pictures[1], boxes.iloc[:0], mirrored, size_px)
+    sides = side_crops(frames, foramina, recesses, len(plain.axial), size_px, contrasts)
+    if other:
+        seen = side_crops(frames, on_other_contrast(study, foramina[foramina['source'].isin(OWN_CONTRAST)]), recesses.iloc[:0], 1, size_px)
+        sides.foramen_other, sides.foramen_other_mask = seen.foramen, seen.foramen_mask & sides.foramen_mask
     return SimpleNamespace(sagittal=plain.sagittal, sagittal_mask=plain.sagittal_mask, axial=np.stack([plain.axial, turned.axial]), axial_mask=np.stack([plain.axial_mask, turned.axial_mask]), **vars(sides))
 
 
@@ -47,12 +52,17 @@ def all_features(
     device='cpu',
     views: int=0,            # augmented views beside the plain one
     seed: int=0,
+    contrast_dropout: float=0.,  # probability that an augmented view has its foramina from T2; needs crops made with `other`
 ) -> tuple:                  # {view: (1 + views, ..., D)}, {view: (...) bool}
     "Features of a study's crops, the plain view first."
-    rng, found, masks = np.random.default_rng(seed), {}, {}
+    rng, found, masks, chance = np.random.default_rng(seed), {}, {}, np.random.default_rng([seed, 1])
     for v in VIEWS:
         images, mask = getattr(crops, v), getattr(crops, f'{v}_mask')
-        shown = [images, *(augmented(images, rng) for _ in range(views))]
+        sources = [images] * views
+        if contrast_dropout and v == 'foramen':
+            turned = np.where(crops.foramen_other_mask[..., None, None], crops.foramen_other, images)
+            sources = [turned if chance.random() < contrast_dropout else images for _ in sources]
+        shown = [images, *(augmented(s, rng) for s in sources)]
         found[v], masks[v] = encode(encoders[v], np.stack(shown), np.broadcast_to(mask, (1 + views, *mask.shape)), device), mask
     return found, masks
 

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['PROVENANCE', 'MEAN_PROVENANCE', 'GRADING', 'ROW_BYTES', 'write_results', 'joint_reason', 'average_runs', 'discreet',
-           'read_normalised', 'sound_rows', 'predict_study', 'predict_members', 'grader', 'member_runs', 'made_ready',
-           'graded', 'predict', 'mscan_predict']
+           'read_grey', 'read_normalised', 'sound_rows', 'predict_study', 'predict_found', 'predict_members', 'grader',
+           'member_runs', 'made_ready', 'graded', 'predict', 'mscan_predict']
 
-# %% ../nbs/60_submission.ipynb #1068dbaf
+# %% ../nbs/60_submission.ipynb #0d998828
 import errno
 import os
 import re
@@ -30,6 +30,7 @@ from .files import whole_files
 from .folders import Found, Limits, Refused, find_studies, read_found, write_ids
 from .grading import grade_study, load_models, study_rows
 from .images import normalise
+from .ladder import RUNGS
 from .metrics import RISKS
 from .mirror import conventional
 from .prepare import sentence
@@ -37,7 +38,7 @@ from .rsna import PROBS, TableError, row_ids, write_submission
 from .runs import RunError, read_manifest, resolve
 from .workers import Lost, guarded, one_cv2_thread
 
-# %% ../nbs/60_submission.ipynb #dc5c7cdb
+# %% ../nbs/60_submission.ipynb #9e24164f
 PROVENANCE = ('row_id', 'source', 'slices', 'reason')
 
 
@@ -62,7 +63,7 @@ def write_results(
         rows[list(columns)].to_csv(provenance, index=False)
     return paths
 
-# %% ../nbs/60_submission.ipynb #5f4743e1
+# %% ../nbs/60_submission.ipynb #21283291
 MEAN_PROVENANCE = ('row_id', 'models', 'source', 'slices', 'reason')
 
 
@@ -78,19 +79,20 @@ def joint_reason(
 def average_runs(
     tables: list,      # predictions of runs, fold 0 first: the same rows of `mscan.grading.study_rows` in any order
 ) -> pd.DataFrame:     # the rows of the first one, and models ('4 of 5')
-    "Mean (of p_score, and of p_risk) over the runs whose model answered a row, over all where none did. Raises TableError where rows differ."
+    "Mean (of p_score, and of p_risk) over the runs that answered a row from the best rung of the ladder. Raises TableError where rows differ."
     mean = mean_predictions(tables)                                                     # after this all have the same rows
     tables = [t.set_index(KEYS).loc[pd.MultiIndex.from_frame(mean[KEYS])] for t in tables]
-    model = np.stack([t['source'] == 'model' for t in tables])                          # (K, n)
-    voters = np.where(model.any(0), model, True)[..., None]                             # (K, n, 1)
+    rung = np.stack([t['source'].map(RUNGS.index).to_numpy(int) for t in tables])       # (K, n)
+    best = rung.min(0)
+    voters, model = (rung == best)[..., None], (rung == best) & (best < RUNGS.index('graded rows'))   # (K, n, 1), (K, n): who answers, and who has looked at the row
     p = np.stack([t[[*PROBS, *RISKS]].to_numpy(float) for t in tables])                 # (K, n, 6)
     mean[[*PROBS, *RISKS]] = (p * voters).sum(0) / voters.sum(0)
-    mean['source'] = np.where(model.any(0), 'model', tables[0]['source'])
+    mean['source'] = np.take(RUNGS, best)
     mean['slices'] = [' '.join(dict.fromkeys(' '.join(compress(s, m)).split())) for s, m in zip(zip(*(t.slices for t in tables), strict=True), model.T, strict=True)]
     mean['reason'] = [joint_reason(why) for why in zip(*(t.reason for t in tables), strict=True)]
     return mean.assign(models=[f'{n} of {len(tables)}' for n in model.sum(0)])
 
-# %% ../nbs/60_submission.ipynb #c9ab5b5e
+# %% ../nbs/60_submission.ipynb #7670c642
 def discreet(
     error: BaseException,
 ) -> str:
@@ -101,7 +103,7 @@ def discreet(
     return f"grading failed: {type(error).__name__}: {re.sub(r'[0-9]+(?:[.][0-9]+){4,}', '(a UID)', text)[:200]}"
 
 
-def read_normalised(
+def read_grey(
     found: Found, descriptions,
     low: float, high: float,  # percentiles that become black and white
     limits: Limits=Limits(),
@@ -114,7 +116,12 @@ def read_normalised(
     study.series = series
     return study
 
-# %% ../nbs/60_submission.ipynb #89e14ba1
+
+def read_normalised(data_dir, study_id: str, descriptions, low: float, high: float):
+    "As `read_grey`, for a study of a competition folder."
+    return read_grey(Found(study_id, str(Path(data_dir) / 'test_images' / study_id)), descriptions, low, high)
+
+# %% ../nbs/60_submission.ipynb #2ed2ba2c
 def sound_rows(
     rows: pd.DataFrame,  # of `study_rows`
     study_id: str,
@@ -134,7 +141,7 @@ def predict_study(
 ) -> pd.DataFrame:       # 25 rows
     "Read and grade one test study; any failure becomes the fallback and its reason."
     try:
-        study = (read or partial(read_normalised, found, descriptions, limits=limits))(models.low, models.high)
+        study = (read or partial(read_grey, found, descriptions, limits=limits))(models.low, models.high)
         rows = sound_rows(grade_study(study, models), found.study_id)
         fallen = rows[rows.condition.isin(models.conditions) & (rows['source'] != 'model')]
         if strict and len(fallen): raise RunError(f'study {found.study_id}: {fallen.reason.iloc[0]}')
@@ -145,8 +152,8 @@ def predict_study(
         print(f'study {found.study_id} falls back: {discreet(e)}', file=sys.stderr)
         return study_rows(found.study_id, {}, SimpleNamespace(boxes=None, centres=None, reasons=[discreet(e)]), None, None, models)
 
-# %% ../nbs/60_submission.ipynb #122c28bd
-def predict_members(
+# %% ../nbs/60_submission.ipynb #0a826467
+def predict_found(
     found: Found, descriptions,
     members: list,       # of `load_models`, one for each run
     strict: bool=False,  # raise where any of them falls back
@@ -154,8 +161,13 @@ def predict_members(
 ) -> pd.DataFrame:       # 25 rows; of several runs their mean, with models
     "Read one test study once and grade it by each run."
     if len(members) == 1: return predict_study(found, descriptions, members[0], strict, limits)
-    read = cache(partial(read_normalised, found, descriptions, limits=limits))
+    read = cache(partial(read_grey, found, descriptions, limits=limits))
     return average_runs([predict_study(found, descriptions, m, strict, limits, read) for m in members])
+
+
+def predict_members(data_dir, study_id: str, descriptions, members: list, strict: bool=False):
+    "As `predict_found`, for a study of a competition folder."
+    return predict_found(Found(study_id, str(Path(data_dir) / 'test_images' / study_id)), descriptions, members, strict)
 
 
 def grader(
@@ -165,7 +177,7 @@ def grader(
     "What a worker starts with: the networks of all runs, loaded."
     from mscan.training import pick_device
     members = [load_models(m, pick_device(device)) for m in manifests]
-    return partial(predict_members, descriptions=descriptions, members=members, strict=strict, limits=limits)
+    return partial(predict_found, descriptions=descriptions, members=members, strict=strict, limits=limits)
 
 # %% ../nbs/60_submission.ipynb #a2bce7f1
 def member_runs(
@@ -181,7 +193,7 @@ def member_runs(
     if strange: raise RunError(f'{run_dir} holds fold_{strange[0]}, but its studies are in {known} folds: remove it, or name another folder')
     return [run_dir / f'fold_{f}' for f in there]
 
-# %% ../nbs/60_submission.ipynb #19f7d90e
+# %% ../nbs/60_submission.ipynb #3e898a2c
 GRADING = ('10_prepare', '20_keypoints', '21_projection', '22_sides', '30_crops', '31_encoders', '40_levels', '42_grading')  # stages that grading needs
 ROW_BYTES = 400  # of both files, for a row; measured: 150 to 300
 
@@ -220,7 +232,7 @@ def graded(
         if isinstance(answers[k], Lost): raise RunError(f'study {studies[k].study_id} has no answer, not even the fallback: {answers[k].reason}')
     return [answers[k] for k in range(len(studies))]
 
-# %% ../nbs/60_submission.ipynb #190eb61c
+# %% ../nbs/60_submission.ipynb #46f03293
 def predict(
     run_dir,                 # a finished run, or a folder of folds
     data_dir,                # the competition's folder, or any folder of DICOM files
@@ -246,7 +258,7 @@ def predict(
     write_results(rows, folder, names, MEAN_PROVENANCE if len(manifests) > 1 else PROVENANCE)
     return rows
 
-# %% ../nbs/60_submission.ipynb #5ff03686
+# %% ../nbs/60_submission.ipynb #6d360210
 @call_parse
 def mscan_predict(
     run_dir: Param('a finished run, as mscan_run leaves it, or a folder of folds, as mscan_folds does', str, required=True)=None,

@@ -266,7 +266,7 @@ def test_the_order_of_rows_and_runs_does_not_matter():
 
 def stub(seed, low=.5, high=99.5, fails=(), fallen=()):
     "Models of a run that need no network."
-    return SimpleNamespace(seed=seed, low=low, high=high, fails=fails, fallen=fallen, conditions=[CANAL], view_dropout=0., prior=prior_table(pd.DataFrame(columns=['condition', 'level', 'grade'])))
+    return SimpleNamespace(seed=seed, low=low, high=high, fails=fails, fallen=fallen, conditions=[CANAL], view_dropout=0., conditional=None, prior=prior_table(pd.DataFrame(columns=['condition', 'level', 'grade'])))
 
 
 @pytest.fixture

@@ -9,7 +9,6 @@ import pytest
 from pydicom.uid import ExplicitVRLittleEndian
 
 from mscan.keypoints import KeypointNet, find_points
-from mscan.folders import Found
 from mscan.images import Preprocess
 from mscan.phantom import make_phantom
 from mscan.prepare import load_study, prepare
@@ -82,7 +81,7 @@ def test_a_submitted_study_is_read_as_the_cache_holds_it(plain, again):
     study_id = plain.tables.studies.query('part == "submission"').study_id.iloc[0]
     cached = load_study(plain.tables, study_id)
     for data in (plain.data, again.data):
-        read = read_normalised(Found(study_id, str(data / 'test_images' / study_id)), None, .5, 99.5)
+        read = read_normalised(data, study_id, None, .5, 99.5)
         for a, b in zip(read.series, cached.series, strict=True):
             assert a.series_id == b.series_id and np.abs(a.image_position - b.image_position).max() < 1e-6
             assert all((p == q).all() and p.flags.c_contiguous for p, q in zip(a.pixels, b.pixels, strict=True))

@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 
 from mscan.dicom import read_series
+from mscan.ladder import RUNGS
 from mscan.rsna import row_ids
 
 BIN = Path(sys.executable).parent
@@ -26,7 +27,7 @@ def command(name, *args, ok=True):
 
 SMOKE = ['--preset', 'smoke', '-p', 'view_dropout', '0.1',      # smoke's U-Net has learned nothing: most of its points meet no axial slice
          '-p', '31_encoders.features', 'in_fold,oof', '-p', '31_encoders.parts', '2', '-p', '42_grading.features', 'oof', '-p', 'variants', 'sagittal_gru,mscan,mscan_oof',
-         '-p', '31_encoders.sides', 'true', '-p', '42_grading.model', 'bilateral']
+         '-p', '31_encoders.sides', 'true', '-p', '42_grading.model', 'bilateral', '-p', 'contrast_dropout', '0.5', '-p', '42_grading.views', '1']
 
 
 def view_of(folder): return read_series(folder, pixels=False).view
@@ -123,8 +124,9 @@ def test_the_provenance_says_why(run, data, change, source, word):
 
 def test_slices_name_files_that_are_there(run, data):
     _, provenance = submission_of(run[0] / '60_submission')
-    graded = provenance[provenance['source'] == 'model']
-    assert len(graded) and (provenance[provenance['source'] != 'model'].slices == '').all()
+    looked = provenance['source'].isin(['model', 'other contrast'])
+    graded = provenance[looked]
+    assert len(graded) and (provenance[~looked].slices == '').all()
     for row_id, row in graded.iterrows():
         names = row.slices.split()
         assert 1 <= len(names) <= 10 and all((data[0] / 'test_images' / row_id.split('_')[0] / f'{n}.dcm').exists() for n in names), names
@@ -136,16 +138,23 @@ def test_good_studies_are_graded_by_the_model_and_others_say_prior(run, data):
     canal = good.index.str.contains('spinal_canal')
     assert (good[canal]['source'] == 'model').mean() >= .5
     for condition in ('left_neural', 'right_neural', 'left_subarticular', 'right_subarticular'): assert (good[good.index.str.contains(condition)]['source'] == 'model').any(), condition
-    assert (good[good['source'] == 'prior'].reason != '').all() and not good.reason.str.contains('not graded by the model').any()
+    assert set(good['source']) <= set(RUNGS) and (good[good['source'] != 'model'].reason != '').all() and not good.reason.str.contains('not graded by the model').any()
 
 
-def test_a_study_without_t1_or_axial_keeps_the_rows_that_it_shows(run, data):
+def test_a_study_without_t1_or_axial_takes_the_next_rung(run, data):
+    "Foramina without T1 are graded on T2, by a model trained with contrast dropout; recesses without axial slices from the graded rows of their level; what is seen stays the model's."
     _, provenance = submission_of(run[0] / '60_submission')
-    for change, gone in (('no_sagittal_t1', 'neural_foraminal'), ('no_axial', 'subarticular')):
+    for change, gone, rungs in (('no_sagittal_t1', 'neural_foraminal', ('other contrast', 'graded rows', 'prior')), ('no_axial', 'subarticular', ('graded rows', 'prior'))):
         number = next(n for n, c in data[1].items() if c == change)
         mine = provenance[provenance.index.str.startswith(f'{number}_')]
-        lost = mine.index.str.contains(gone)
-        assert (mine[lost]['source'] == 'prior').all() and mine[lost].reason.str.contains('series').all() and (mine[~lost]['source'] == 'model').any()
+        lost, level = mine.index.str.contains(gone), mine.index.str[-5:]
+        assert set(mine[lost]['source']) <= set(rungs) and (mine[lost]['source'] == rungs[0]).any(), mine[lost]['source'].tolist()
+        assert mine[lost].reason.str.contains('series').all() and (mine[~lost]['source'] == 'model').any()
+        known = {l for l, s in zip(level, mine['source'], strict=True) if s in RUNGS[:2]}
+        assert all((s == 'prior') == (l not in known) for l, s in zip(level, mine['source'], strict=True) if s not in RUNGS[:2])      # the prior only where nothing of the level was graded
+    views = {d.name: view_of(d) for d in (data[0] / 'test_images' / next(n for n, c in data[1].items() if c == 'no_sagittal_t1')).iterdir()}
+    on_t2 = provenance[provenance['source'] == 'other contrast']
+    assert {views[s.split('/')[0]] for row in on_t2.slices for s in row.split()} == {'sagittal_t2'} and on_t2.index.str.contains('neural_foraminal').all()
 
 
 def test_predict_repeats_the_run_without_train_csv(run, data, tmp_path):
@@ -172,6 +181,27 @@ def test_a_heap_of_files_is_graded_as_the_competition_folder_is(run, data, tmp_p
     names = [f"{back[i.split('_')[0]]}_{i.partition('_')[2]}" for i in second.index]
     assert sorted(back) == [p.name for p in good] and len(second) == 25 * len(good)
     assert np.abs(first.loc[names].to_numpy() - second.to_numpy()).max() < 2e-3 and (why['source'].loc[names].to_numpy() == why_again['source'].to_numpy()).all() and (why_again['source'] == 'model').any()
+
+
+def test_report_and_structured_report_of_the_run(run, data, tmp_path):
+    "A good study, one without axial slices and one with nothing readable, by the networks of the run: pages and rows for all, and a refusal for headers as the competition has them."
+    from mscan.report import write_report
+    from mscan.sr import write_reports
+    number = {change: n for n, change in data[1].items()}
+    good = sorted(p.name for p in (data[0] / 'test_images').iterdir() if p.name not in data[1])[0]
+    few, chosen = tmp_path / 'few', [good, number['no_axial'], number['nothing_readable']]
+    for s in chosen: shutil.copytree(data[0] / 'test_images' / s, few / 'test_images' / s)
+    shutil.copy(data[0] / 'test_series_descriptions.csv', few)
+    rows = write_report(run[0], few, tmp_path / 'out', device='cpu', progress=False)
+    submission, provenance = submission_of(run[0] / '60_submission')
+    mine = rows.set_index(rows.study_id + '_' + rows.condition + '_' + rows.level)
+    assert len(mine) == 75 and np.abs(submission.loc[mine.index].to_numpy() - mine[['normal_mild', 'moderate', 'severe']].to_numpy(float)).max() < 2e-3
+    assert (mine['source'] == provenance.loc[mine.index, 'source']).all() and mine[mine['source'] != 'model'].review.all()
+    text = {s: (tmp_path / 'out' / f'study_{s}.html').read_text() for s in chosen}
+    assert 'no axial T2 series' in text[number['no_axial']] and 'No axial slice reaches this level' in text[number['no_axial']] and 'No level was located' in text[number['nothing_readable']]
+    assert text[good].count('data:image/') > 20 and 'could be shown' not in text[good] and 'views (rows) ask views (columns)' in text[good]
+    written, refused = write_reports(run[0], few, tmp_path / 'sr', good, 'cpu')
+    assert not written and 'SOPClassUID' in refused[0] and 'PatientName' in refused[0]
 
 
 def test_a_second_call_does_nothing_again(run, data):
@@ -222,7 +252,7 @@ def test_missing_views_are_graded_by_a_model_that_has_met_them():
     crops = SimpleNamespace(sagittal_mask=np.ones(5, bool), axial_mask=np.zeros((1, 5, 3), bool))
     for dropout, source in ((0., 'prior'), (.1, 'model')):
         rows = study_rows('5', series, SimpleNamespace(boxes=boxes, centres=centres, reasons=['no axial T2 series']), crops, np.full((5, 1, 3), 1 / 3),
-                          SimpleNamespace(conditions=['spinal_canal_stenosis'], prior=prior_table(lesson.labels), view_dropout=dropout))
+                          SimpleNamespace(conditions=['spinal_canal_stenosis'], prior=prior_table(lesson.labels), conditional=None, view_dropout=dropout))
         canal = rows[rows.condition == 'spinal_canal_stenosis']
         assert (canal['source'] == source).all() and canal.reason.str.contains('no axial').all()
 

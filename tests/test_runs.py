@@ -192,7 +192,9 @@ def test_values_take_the_type_of_the_default():
 
 def test_presets_fit_the_notebooks():
     "Every name in a preset is one that its stage declares."
-    for name in ('smoke', 'demo', 'paper'):
+    names = sorted(p.stem for p in (Path(runs.__file__).parent / 'presets').glob('*.yaml'))
+    assert {'smoke', 'demo', 'paper', 'rsna'} <= set(names)
+    for name in names:
         preset = read_preset(name)
         try: declared = find_stages()
         except RunError: continue  # none written yet
