@@ -79,7 +79,7 @@ def bounded_value(raw, data, **kwargs):
 
 hooks.register_callback('raw_element_value', bounded_value)
 
-# %% ../nbs/007_pixels.ipynb #37017cde
+# %% ../nbs/007_pixels.ipynb #f76c2486
 MAX_READS = 50_000  # of a stream; an ordinary header takes some hundred, 128 MiB of encapsulated pixels 16,000
 WANTED = ('SpecificCharacterSet', 'SOPClassUID', 'SeriesDescription', 'EchoTime', 'StudyInstanceUID', 'SeriesInstanceUID', 'InstanceNumber', 'ImagePositionPatient', 'ImageOrientationPatient',
           'SamplesPerPixel', 'PhotometricInterpretation', 'NumberOfFrames', 'Rows', 'Columns', 'PixelSpacing', 'BitsAllocated', 'BitsStored', 'HighBit',
@@ -100,7 +100,7 @@ class Counted(BytesIO):
         if self.left < 0: raise EndlessError
         return super().read(*args)
 
-
+# %% ../nbs/007_pixels.ipynb #3d5d9e0f
 def inflate(
     data: bytes,
 ) -> bytes:

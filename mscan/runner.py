@@ -107,7 +107,7 @@ def plan(
         settle(values, declared, [stage] if dot else chosen, short, value, f'-p {name}')
     return {s: values[s] for s in declared if s in chosen}
 
-# %% ../nbs/08_runner.ipynb #2baf897b
+# %% ../nbs/08_runner.ipynb #86564ea8
 def why_run(
     run_dir,  # the run's folder
     stage,    # '20_keypoints'
@@ -116,7 +116,7 @@ def why_run(
 ) -> str:     # the reason, or '' if the stage is done
     "Why a stage has to run; empty if its manifest still matches code, parameters, inputs and products."
     try: found = read_manifest(run_dir, stage)
-    except RunError: return 'was not finished' if (resolve(run_dir)/stage/UNFINISHED).exists() else 'not run yet'
+    except RunError: return 'was not finished' if (resolve(run_dir)/stage/UNFINISHED).exists() else 'its manifest cannot be read' if (resolve(run_dir)/stage/MANIFEST).exists() else 'not run yet'
     old, inputs = found.record['parameters'], found.record['inputs']
     now, files = noted(values)
     for k in sorted(now | old):

@@ -14,7 +14,6 @@ if str(ROOT) not in sys.path: sys.path.insert(0, str(ROOT))
 
 from benchmarks import fuzz
 from mscan import dicom, pixels
-from mscan.dicom import DicomError
 
 from test_reading import slice_of
 

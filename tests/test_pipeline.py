@@ -116,6 +116,19 @@ def test_predict_repeats_the_run_without_train_csv(run, data, tmp_path):
     assert (why['source'] == why_again['source']).all() and (why.slices == why_again.slices).all()
 
 
+def test_a_heap_of_files_is_graded_as_the_competition_folder_is(run, data, tmp_path):
+    "The good studies, thrown into one folder under names without meaning, each with its own answers again."
+    heap, good = tmp_path / 'heap', sorted(p for p in (data[0] / 'test_images').iterdir() if p.name not in data[1])
+    heap.mkdir()
+    for k, file in enumerate(f for study in good for f in sorted(study.rglob('*.dcm'))): shutil.copy(file, heap / f'{(k * 7919) % 10007:08X}')
+    command('mscan_predict', '--run_dir', run[0], '--data_dir', heap, '--out', tmp_path / 'out', '--device', 'cpu', '--ids_csv', tmp_path / 'ids.csv')
+    (first, why), (second, why_again) = submission_of(run[0] / '60_submission'), submission_of(tmp_path / 'out')
+    back = pd.read_csv(tmp_path / 'ids.csv', dtype=str).drop_duplicates('study_id').set_index('study_id').study_uid     # the phantom's study UID is its id
+    names = [f"{back[i.split('_')[0]]}_{i.partition('_')[2]}" for i in second.index]
+    assert sorted(back) == [p.name for p in good] and len(second) == 25 * len(good)
+    assert np.abs(first.loc[names].to_numpy() - second.to_numpy()).max() < 2e-3 and (why['source'].loc[names].to_numpy() == why_again['source'].to_numpy()).all() and (why_again['source'] == 'model').any()
+
+
 def test_report_and_structured_report_of_the_run(run, data, tmp_path):
     "A good study, one without axial slices and one with nothing readable, by the networks of the run: pages and rows for all, and a refusal for headers as the competition has them."
     from mscan.report import write_report
