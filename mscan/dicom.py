@@ -174,7 +174,7 @@ def guess_view(
     if axis == 0: return 'sagittal_t1' if 'T1' in text else 'sagittal_t2'
     return None
 
-# %% ../nbs/01_dicom.ipynb #1df786f7
+# %% ../nbs/01_dicom.ipynb #6234fd00
 MAX_FILES = 1000     # of a series; the largest real one has 209
 MAX_BYTES = 2 ** 30  # of the pixels of a series; the largest real one has a fifth
 MAX_NESTED = 4       # folders within folders that are followed
@@ -201,7 +201,7 @@ def slice_files(
         folder = inside[0]
     raise DicomError(f'the folder {shown_name(folder.name)} lies too deep')
 
-
+# %% ../nbs/01_dicom.ipynb #2d29d3f1
 def read_slices(
     files,         # paths
     pixels: bool=True,

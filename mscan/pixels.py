@@ -77,7 +77,7 @@ def bounded_value(raw, data, **kwargs):
 
 hooks.register_callback('raw_element_value', bounded_value)
 
-# %% ../nbs/007_pixels.ipynb #37017cde
+# %% ../nbs/007_pixels.ipynb #deb6969e
 MAX_READS = 50_000  # of a stream; an ordinary header takes some hundred, 128 MiB of encapsulated pixels 16,000
 WANTED = ('SpecificCharacterSet', 'SOPClassUID', 'SeriesDescription', 'EchoTime', 'StudyInstanceUID', 'SeriesInstanceUID', 'InstanceNumber', 'ImagePositionPatient', 'ImageOrientationPatient',
           'SamplesPerPixel', 'PhotometricInterpretation', 'NumberOfFrames', 'Rows', 'Columns', 'PixelSpacing', 'BitsAllocated', 'BitsStored', 'HighBit',
@@ -107,7 +107,7 @@ def inflate(
     if len(unpacked) > MAX_FILE: raise DicomError(f'deflated data unpack to more than {MAX_FILE // 2 ** 20} MiB')
     return unpacked
 
-
+# %% ../nbs/007_pixels.ipynb #efc6e9b3
 def parse(
     data: bytes,       # of one file
     pixels: bool=True, # False: stop before the pixels
