@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['PROVENANCE', 'MEAN_PROVENANCE', 'GRADING', 'write_results', 'joint_reason', 'average_runs', 'read_normalised',
-           'predict_study', 'predict_members', 'member_runs', 'predict', 'mscan_predict']
+           'fallback_rows', 'predict_study', 'predict_members', 'member_runs', 'predict', 'mscan_predict']
 
-# %% ../nbs/60_submission.ipynb #cc93edba
+# %% ../nbs/60_submission.ipynb #7f218d60
 import re
 import sys
+import time
 import traceback
 from functools import cache, partial
 from itertools import compress
@@ -20,14 +21,14 @@ import pandas as pd
 from fastcore.script import Param, call_parse
 from tqdm.auto import tqdm
 
+from .budget import grade_in_time
 from .compare import KEYS, mean_predictions
-from .dicom import read_study
 from .grading import grade_study, load_models, study_rows
 from .images import normalise
 from .ladder import RUNGS
 from .metrics import RISKS
 from .mirror import conventional
-from .prepare import read_tables, sentence
+from .prepare import read_examined, read_tables, sentence
 from .rsna import PROBS, TableError, row_ids, write_submission
 from .runs import RunError, read_manifest, resolve
 
@@ -85,15 +86,26 @@ def average_runs(
     mean['reason'] = [joint_reason(why) for why in zip(*(t.reason for t in tables), strict=True)]
     return mean.assign(models=[f'{n} of {len(tables)}' for n in model.sum(0)])
 
-# %% ../nbs/60_submission.ipynb #b70d6702
+# %% ../nbs/60_submission.ipynb #104fd615
 def read_normalised(
     data_dir, study_id: str, descriptions,
     low: float, high: float,  # percentiles that become black and white
 ):                            # Study
     "A test study as every stage sees it: 8 bits, stored by convention."
-    study = read_study(data_dir, 'test', study_id, descriptions)
+    study, _ = read_examined(data_dir, 'test', study_id, descriptions)
     study.series = [conventional(normalise(s, low, high)) for s in study.series]
     return study
+
+
+def fallback_rows(
+    study_id: str,
+    members: list,   # of `load_models`, one for each run
+    reason: str,     # a sentence for the provenance
+) -> pd.DataFrame:   # 25 rows; of several runs their mean, with models
+    "What is known of a study that is not graded."
+    nothing = SimpleNamespace(boxes=None, centres=None, reasons=[reason])
+    tables = [study_rows(study_id, {}, nothing, None, None, m) for m in members]
+    return tables[0] if len(tables) == 1 else average_runs(tables)
 
 
 def predict_study(
@@ -111,7 +123,7 @@ def predict_study(
     except Exception as e:
         if strict: raise
         print(f'study {study_id} falls back: {traceback.format_exc(limit=-1).strip().splitlines()[-1]}', file=sys.stderr)
-        return study_rows(study_id, {}, SimpleNamespace(boxes=None, centres=None, reasons=[f'grading failed: {type(e).__name__}: {e}']), None, None, models)
+        return fallback_rows(study_id, [models], f'grading failed: {type(e).__name__}: {e}')
 
 # %% ../nbs/60_submission.ipynb #13fae760
 def predict_members(
@@ -138,7 +150,7 @@ def member_runs(
     if strange: raise RunError(f'{run_dir} holds fold_{strange[0]}, but its studies are in {known} folds: remove it, or name another folder')
     return [run_dir / f'fold_{f}' for f in there]
 
-# %% ../nbs/60_submission.ipynb #893d762e
+# %% ../nbs/60_submission.ipynb #f77bfdd4
 GRADING = ('10_prepare', '20_keypoints', '21_projection', '22_sides', '30_crops', '31_encoders', '40_levels', '42_grading')  # stages that grading needs
 
 
@@ -149,19 +161,26 @@ def predict(
     device: str='auto',
     strict: bool=False,
     progress: bool=True,
+    budget_hours: float=0.,  # from now on, loading included; 0: no limit
 ) -> pd.DataFrame:           # all rows
     "Grade every study of `test_images` with the networks of a run or of its folds; raises RunError or TableError where there is no run or no study."
     from mscan.training import pick_device
+    if not budget_hours >= 0: raise TableError(f'a budget of {budget_hours} hours; it must be 0 (no limit) or more')
+    start = time.monotonic()
     manifests = [{s: read_manifest(run, s) for s in GRADING} for run in member_runs(run_dir)]
     tables = read_tables(data_dir, 'test')
     if not tables.studies: raise TableError(f'{data_dir} has no study in test_images/')
     for note in tables.notes: print(note, file=sys.stderr)
     members = [load_models(m, pick_device(device)) for m in manifests]
-    rows = pd.concat([predict_members(data_dir, s, tables.descriptions, members, strict) for s in tqdm(tables.studies, desc='grade', disable=not progress or None, leave=False)], ignore_index=True)
-    write_results(rows, out, columns=MEAN_PROVENANCE if len(members) > 1 else PROVENANCE)
+    grade, save = partial(predict_members, data_dir, descriptions=tables.descriptions, members=members, strict=strict), partial(write_results, out=out, columns=MEAN_PROVENANCE if len(members) > 1 else PROVENANCE)
+    if budget_hours:
+        late = partial(fallback_rows, members=members, reason=f'the budget of {budget_hours:.3g} hours ended before this study')
+        return grade_in_time(tables.studies, grade, late, save, 3600 * budget_hours - (time.monotonic() - start), progress)[0]
+    rows = pd.concat([grade(s) for s in tqdm(tables.studies, desc='grade', disable=not progress or None, leave=False)], ignore_index=True)
+    save(rows)
     return rows
 
-# %% ../nbs/60_submission.ipynb #136b128f
+# %% ../nbs/60_submission.ipynb #b03b83a0
 @call_parse
 def mscan_predict(
     run_dir: Param('a finished run, as mscan_run leaves it, or a folder of folds, as mscan_folds does', str, required=True)=None,
@@ -169,9 +188,10 @@ def mscan_predict(
     out: Param('folder for submission.csv and provenance.csv', str, required=True)=None,
     device: Param('auto, cpu or cuda', str)='auto',
     strict: Param('stop at the first study that cannot be graded by the model', bool)=False,
+    budget_hours: Param('write the fallback for all studies at once, then grade them while so many hours last; 0: no limit', float)=0.,
 ):
     "Grade every study of a folder's test_images with a finished run or those of all folds, and write submission.csv and provenance.csv."
-    try: rows = predict(*(Path(p).absolute() for p in (run_dir, data_dir, out)), device, strict)    # relative paths mean the caller's folder, as in the other commands
+    try: rows = predict(*(Path(p).absolute() for p in (run_dir, data_dir, out)), device, strict, budget_hours=budget_hours)    # relative paths mean the caller's folder, as in the other commands
     except (ValueError, RuntimeError, OSError) as e: sentence(e)      # RunError, TableError and WeightsError are ValueErrors
     model = rows[rows['source'] == 'model']
     print(f"{rows.study_id.nunique()} studies, {len(rows)} rows, {len(model)} of them from the model ({', '.join(sorted(set(model.condition))) or 'none'}): {Path(out) / 'submission.csv'}")
