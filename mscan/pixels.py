@@ -100,7 +100,7 @@ class Counted(BytesIO):
         if self.left < 0: raise EndlessError
         return super().read(*args)
 
-# %% ../nbs/007_pixels.ipynb #3d5d9e0f
+# %% ../nbs/007_pixels.ipynb #8d7037f4
 def inflate(
     data: bytes,
 ) -> bytes:
@@ -109,7 +109,7 @@ def inflate(
     if len(unpacked) > MAX_FILE: raise DicomError(f'deflated data unpack to more than {MAX_FILE // 2 ** 20} MiB')
     return unpacked
 
-
+# %% ../nbs/007_pixels.ipynb #efc6e9b3
 def parse(
     data: bytes,       # of one file
     pixels: bool=True, # False: stop before the pixels

@@ -127,4 +127,4 @@ def test_damaged_studies_lose_no_row(tmp_path):
     run, data = fuzz.smoke_run(tmp_path)
     count, records = fuzz.fuzz_predict(100, run, data, seed=2, batch=50)
     assert count['studies'] == 100 and not count['crashes'] and not count['hangs'] and not count['lost'], records
-    assert all(not r['wrong'] for r in records) and count['rows by model'] > 100
+    assert all(not r['wrong'] for r in records) and count['rows by model'] >= 25
