@@ -13,7 +13,9 @@ BENCHMARKS ?= prevalence intersections difficulty views scanners shortcuts local
 
 SCIENCE ?= runs/science
 
-.PHONY: setup demo proof science test test-all benchmarks lessons lock clean
+KAGGLE_USER ?= your-kaggle-name
+
+.PHONY: setup demo proof science kaggle test test-all benchmarks lessons lock clean
 
 setup: $(STAMP)
 
@@ -48,6 +50,10 @@ science: setup
 	$(BIN)/mscan_phantom --out data/science --studies 600 --test_studies 0 --seed 5
 	$(BIN)/mscan_run --data_dir data/science --run_dir $(SCIENCE) --preset science
 	$(BIN)/mscan_evaluate --run_dir $(SCIENCE) --truth_csv data/science/truth.csv --json $(SCIENCE)/held_out.json
+
+# A data set and notebooks for Kaggle, of a finished run; see submission/README.md. Nothing is uploaded.
+kaggle: setup
+	$(BIN)/python -m submission.build --run_dir $(RUN) --user $(KAGGLE_USER) --out dist_kaggle
 
 test: setup
 	$(BIN)/python -m pytest -q -n 2 --dist loadgroup -m "not slow" tests

@@ -14,7 +14,7 @@ from html import escape
 from .flags import PLACE, SEVERITIES
 from .thumbnails import SIDE, drawn
 
-# %% ../nbs/112_page.ipynb #f17afc10
+# %% ../nbs/112_page.ipynb #550f5c02
 STYLE = '''
 :root{--ungraded:#a3123a;--leftout:#b35900;--look:#7a6100;--info:#44546a;--fine:#1b6e3c}
 *{box-sizing:border-box}body{font:15px/1.45 system-ui,sans-serif;color:#1c2430;background:#f4f6f8;margin:0 auto;max-width:1440px;padding:16px}
@@ -39,7 +39,7 @@ svg{height:150px;width:auto;display:block;margin:auto;background:#000;cursor:zoo
 [hidden]{display:none!important}footer{margin:16px 0;color:#5a6675}
 @media(max-width:1150px){article{grid-template-columns:1fr 1fr}.pics{grid-column:1/-1;flex-wrap:wrap}}
 @media(max-width:760px){article,.panels{grid-template-columns:1fr}.controls{position:static}body{padding:8px}svg.big{height:auto;max-width:100%}.series .id{display:none}}
-@media print{body{background:#fff;font-size:10pt;max-width:none;padding:0}.controls,.tile small{display:none}article,.panel{break-inside:avoid;border-color:#999}article{content-visibility:visible}svg{height:110px}*{print-color-adjust:exact}}
+@media print{body{background:#fff;font-size:10pt;max-width:none;padding:0}.controls,.tile small{display:none}article,.panel{break-inside:avoid;border-color:#999}article{content-visibility:visible;grid-template-columns:1fr 1fr;margin-bottom:4px}.panels{grid-template-columns:3fr 2fr}main{margin-top:8px}.pics{grid-column:1/-1}.series .id{display:table-cell}svg,.absent{height:110px}figure{min-width:120px}*{print-color-adjust:exact}}
 '''
 
 # %% ../nbs/112_page.ipynb #e2ade448
