@@ -126,7 +126,7 @@ def decisions(
         out.append(dict(series_id=series_id, view=found[series_id]['said'] if series_id in found else tables.get(series_id, ''), use='left out', why=say(reason.removeprefix(f'series {series_id}').lstrip(': ')), said=described(on_disk[series_id]) if on_disk.get(series_id) else '', slices=0, left_out=[]))
     return out
 
-# %% ../nbs/11_check.ipynb #c3f41754
+# %% ../nbs/11_check.ipynb #4a12ba73
 def label_sentences(
     study: Study, job,
 ) -> list:              # sentences
@@ -148,7 +148,9 @@ def label_sentences(
 def read_job(job):
     "The study of a job and what was found about its series. Raises Refused, TableError."
     if not job.found: return read_examined(job.data_dir, job.split, job.study_id, job.descriptions, always=True)
-    return examine(read_found(job.found), always=True)
+    study = read_found(job.found)
+    named = {s.series_id for s in study.series if not any(p.startswith(f'series {s.series_id}: ') and 'assumed' in p for p in study.problems)}   # as mscan_predict does
+    return examine(study, None, named, always=True)
 
 
 def study_record(
