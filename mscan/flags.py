@@ -61,7 +61,7 @@ RULES = tuple(Rule(*r) for r in (
     ('numbers', 'info', r'instance numbers|InstanceNumber'),
     ('no_picture', 'info', r'^no picture')))
 
-# %% ../nbs/110_flags.ipynb #54e8b17d
+# %% ../nbs/110_flags.ipynb #7b5bb3ac
 PLACE = {r.code: k for k, r in enumerate(RULES)}
 PLACE['other'] = next(k for k, r in enumerate(RULES) if r.severity == 'look') - .5   # unknown, so before what is known
 
@@ -78,9 +78,11 @@ def flag(
 
 def flags_of(
     *lists,   # (sentences, severity of those that no rule knows)
-) -> list:    # flags, worst first; of one code about one series the first sentence of each kind
+) -> list:    # flags, worst first; a sentence that comes twice counts as in its first list
     "The flags of a study."
-    flags = {s: flag(s, otherwise) for sentences, otherwise in lists for s in sentences}
+    flags = {}
+    for sentences, otherwise in lists:
+        for s in sentences: flags.setdefault(s, flag(s, otherwise))
     return sorted(flags.values(), key=lambda f: (list(SEVERITIES).index(f['severity']), PLACE[f['code']], f['series_id']))
 
 # %% ../nbs/110_flags.ipynb #c9ee0d39
