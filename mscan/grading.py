@@ -51,7 +51,7 @@ def nets_by_encoder(
     "Which models answer on which encoder's features: with `half` each has its own, else all read all."
     return [nets[j::encoders] if features == 'half' else nets for j in range(encoders)]
 
-# %% ../nbs/42_grading.ipynb #208f4399
+# %% ../nbs/42_grading.ipynb #83e3de29
 def load_models(
     manifests: dict,   # stage -> `mscan.runs.Manifest`, of 10_prepare to 42_grading
     device='cpu',
@@ -71,7 +71,7 @@ def load_models(
                            conditions=card['conditions'], view_dropout=card['view_dropout'], contrasts=foramen_contrasts(card['contrast_dropout']), device=device, prior=pd.read_csv(manifests['10_prepare'].path('prior')),
                            conditional=read_conditional(manifests['42_grading'].path('conditional')) if card['fallback'] == RUNGS[2] else None)
 
-
+# %% ../nbs/42_grading.ipynb #b0f6ae96
 def foramen_contrasts(
     contrast_dropout: float,   # of the training
 ) -> tuple:                    # for `mscan.sidecrops.side_crops`
@@ -239,7 +239,7 @@ def missing_series(
     masks = dict(zip(('sagittal T2', 'axial T2', 'sagittal T1'), (crops.sagittal_mask, crops.axial_mask, getattr(crops, 'foramen_mask', np.ones(1))), strict=True))
     return [name for name, m in masks.items() if not m.any()]
 
-# %% ../nbs/42_grading.ipynb #61913a73
+# %% ../nbs/42_grading.ipynb #a5d3fd01
 def study_rows(
     study_id: str,
     series: dict,              # series_id -> Series, for instance numbers
@@ -264,7 +264,7 @@ def study_rows(
     rows[list(RISKS)] = p_risk(rows[list(PROBS)].to_numpy(float))
     return rows[['study_id', 'condition', 'level', *PROBS, *RISKS, 'source', 'slices', 'reason']]
 
-
+# %% ../nbs/42_grading.ipynb #65e9c343
 def seen_on(located: SimpleNamespace, condition: str, level: str) -> str:
     "The rung of a graded row: a foramen cropped from T2 is graded on the other contrast."
     side, _, what = condition.partition('_')

@@ -7,7 +7,7 @@ __all__ = ['noted', 'read_tables', 'series_report', 'remarks_on', 'study_report'
            'cache_study', 'load_study', 'prepare', 'write_quality', 'note_coverage', 'load_tables', 'sentence',
            'quality_lines', 'mscan_check']
 
-# %% ../nbs/10_prepare.ipynb #b59e63f1
+# %% ../nbs/10_prepare.ipynb #122b3c33
 import json
 import sys
 import warnings
@@ -20,6 +20,7 @@ from fastcore.script import Param, call_parse
 
 from .contents import examine, out_of_view
 from .dicom import Series, Study, read_study
+from .files import whole_files
 from .images import normalise
 from .metrics import prior_table
 from .mirror import conventional, stored_reversed
@@ -166,7 +167,7 @@ def _report_job(job):
     rows = [slice_rows(conventional(s), 0, stored_reversed(s)) for s in study.series] if job[1] == 'train' else []
     return study_report(study, findings), pd.concat(rows) if rows else pd.DataFrame()
 
-# %% ../nbs/10_prepare.ipynb #8156fbea
+# %% ../nbs/10_prepare.ipynb #235b2817
 def cache_study(
     job,  # data_dir, split, study_id, descriptions, cache folder, low and high percentile
 ):        # rows of `slices`, report
@@ -179,20 +180,23 @@ def cache_study(
         rows.append(slice_rows(series, offset, turned))
         pixels += [p.ravel() for p in series.pixels]
         offset += int(series.shape.prod(1).sum())
-    np.save(Path(cache) / f'{study_id}.npy', np.concatenate(pixels) if pixels else np.zeros(0, np.uint8))
+    with whole_files(Path(cache) / f'{study_id}.npy') as (half,): np.save(half, np.concatenate(pixels) if pixels else np.zeros(0, np.uint8))
     return (pd.concat(rows) if rows else pd.DataFrame()), report
 
-# %% ../nbs/10_prepare.ipynb #e5481731
+# %% ../nbs/10_prepare.ipynb #f036f5d4
 def load_study(
     tables,          # of `load_tables`, or the folder of stage 10
     study_id: str,
 ) -> Study:          # normalised series whose pixels are views of the memory-mapped cache
     "A study from the cache; no DICOM is touched."
     if not isinstance(tables, SimpleNamespace): tables = load_tables(tables)
-    pixels = np.load(Path(tables.dir) / 'cache' / f'{study_id}.npy', mmap_mode='r')
     study = Study(study_id, [], list(tables.problems.get(study_id, [])))
     rows = tables.by_study.get(study_id)
     if rows is None: return study
+    try: pixels = np.load(Path(tables.dir) / 'cache' / f'{study_id}.npy', mmap_mode='r')
+    except (OSError, ValueError, EOFError) as e: raise TableError(f'{tables.dir}: the pixels of study {study_id} cannot be read ({e}): run 10_prepare again') from None
+    n = int((rows.offset + rows['rows'] * rows['columns']).max())
+    if pixels.dtype != np.uint8 or pixels.shape != (n,): raise TableError(f'{tables.dir}: the pixels of study {study_id} are {pixels.shape} {pixels.dtype}, not {n} bytes: run 10_prepare again')
     for (series_id, view), t in rows.groupby(['series_id', 'view'], sort=False):
         shape, geometry = t[['rows', 'columns']].to_numpy(), t[list(GEOMETRY)].to_numpy()
         images = [pixels[o:o + r * c].reshape(r, c) for o, (r, c) in zip(t.offset, shape, strict=True)]
@@ -267,15 +271,17 @@ def note_coverage(
     for r in reports:
         if r['study_id'] in places: r['remarks'] += out_of_view(load_study(tables, r['study_id']), places[r['study_id']])
 
-# %% ../nbs/10_prepare.ipynb #1164cd3d
+# %% ../nbs/10_prepare.ipynb #c1047cc8
 def load_tables(
     folder,              # of stage 10
 ) -> SimpleNamespace:    # dir, studies, series, slices, labels, points, prior, notes, problems by study, slices by study
     "The tables of stage 10, as `prepare` wrote them."
     folder = Path(folder)
     if not (folder / 'quality.json').exists(): raise FileNotFoundError(f'{folder} holds no prepared data: run 10_prepare first')
-    tables = {n: pd.read_parquet(folder / f'{n}.parquet') for n in ('studies', 'series', 'slices', 'labels', 'points')}
-    quality = json.loads((folder / 'quality.json').read_text(encoding='utf-8'))
+    try:
+        tables = {n: pd.read_parquet(folder / f'{n}.parquet') for n in ('studies', 'series', 'slices', 'labels', 'points')}
+        quality = json.loads((folder / 'quality.json').read_text(encoding='utf-8'))
+    except (OSError, ValueError) as e: raise TableError(f'the tables in {folder} cannot be read ({e}): run 10_prepare again') from None
     return SimpleNamespace(dir=folder, prior=pd.read_csv(folder / 'prior.csv'), notes=quality['notes'], **tables,
                            problems={r['study_id']: r['problems'] for r in quality['studies']},
                            by_study=dict(tuple(tables['slices'].groupby('study_id', sort=False))))

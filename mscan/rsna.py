@@ -9,7 +9,7 @@ __all__ = ['CONDITIONS', 'LEVELS', 'GRADES', 'GRADE_WEIGHTS', 'PROBS', 'VIEWS', 
            'write_train', 'read_coordinates', 'read_descriptions', 'check_probabilities', 'read_submission',
            'write_submission', 'discover_studies', 'discover_images']
 
-# %% ../nbs/00_rsna.ipynb #793ce4e6
+# %% ../nbs/00_rsna.ipynb #e31edf08
 import os
 import re
 import warnings
@@ -17,6 +17,8 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+
+from .files import whole_files
 
 # %% ../nbs/00_rsna.ipynb #00126379
 CONDITIONS = ('spinal_canal_stenosis', 'left_neural_foraminal_narrowing', 'right_neural_foraminal_narrowing',
@@ -226,13 +228,11 @@ def read_train(
     tidy['grade'] = pd.array(grade.ravel(), dtype='Float64').astype('Int8')
     return tidy.astype({'study_id': 'str'})
 
-# %% ../nbs/00_rsna.ipynb #1dc2d1fd
+# %% ../nbs/00_rsna.ipynb #42edd82c
 def _write(table, path):
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    half = path.with_name(f'.{path.name}.{os.getpid()}')
-    table.to_csv(half, index=False)
-    os.replace(half, path)
+    with whole_files(path) as (half,): table.to_csv(half, index=False)
 
 
 def write_train(

@@ -8,7 +8,7 @@ __all__ = ['CARD_KEYS', 'INTENDED_USE', 'seed_everything', 'pick_device', 'pick_
            'train_epoch', 'fit', 'run_epochs', 'WeightsError', 'weight_files', 'save_weights', 'load_card',
            'load_state', 'load_weights']
 
-# %% ../nbs/06_training.ipynb #75d67a99
+# %% ../nbs/06_training.ipynb #8c6a71cb
 import hashlib, itertools, json, math, os, random, resource, time
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -22,6 +22,8 @@ from accelerate import Accelerator
 from accelerate.data_loader import prepare_data_loader
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import send_to_device
+from .files import whole_files
+from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors, save_file
 from torch import nn
 from torch.utils.data import DataLoader
@@ -286,7 +288,7 @@ def run_epochs(loop, train, validation, count, epochs, accumulation, patience, s
     if kept is not None: loop.bare.load_state_dict(kept)
     return History(pd.DataFrame(rows), best_epoch, str(acc.device), acc.mixed_precision, peak_memory(acc.device), len(rows) < epochs)
 
-# %% ../nbs/06_training.ipynb #031a5975
+# %% ../nbs/06_training.ipynb #32af1f63
 CARD_KEYS = ('architecture', 'preprocessing', 'classes', 'intended_use')
 INTENDED_USE = 'Research on lumbar spine MRI. Not a medical device; not for diagnosis.'
 
@@ -314,14 +316,13 @@ def save_weights(
     if odd: raise WeightsError(f'not a tensor in the weights for {path}: {", ".join(map(str, odd[:3]))}')
     tensors, text = weight_files(path)
     tensors.parent.mkdir(parents=True, exist_ok=True)
-    save_file({k: v.detach().to('cpu', copy=True).contiguous() for k, v in state.items()}, f'{tensors}.part')  # a copy each: none shared
-    digest = hashlib.sha256(Path(f'{tensors}.part').read_bytes()).hexdigest()
-    full = card | dict(sha256=digest, parameters=sum(v.numel() for v in state.values()))
-    Path(f'{text}.part').write_text(json.dumps(full, indent=1, allow_nan=False), encoding='utf-8')
-    os.replace(f'{tensors}.part', tensors); os.replace(f'{text}.part', text)
+    with whole_files(tensors, text) as (half, half_text):
+        save_file({k: v.detach().to('cpu', copy=True).contiguous() for k, v in state.items()}, half)  # a copy each: none shared
+        full = card | dict(sha256=hashlib.sha256(half.read_bytes()).hexdigest(), parameters=sum(v.numel() for v in state.values()))
+        half_text.write_text(json.dumps(full, indent=1, allow_nan=False), encoding='utf-8')
     return [tensors, text]
 
-# %% ../nbs/06_training.ipynb #14841ccd
+# %% ../nbs/06_training.ipynb #59a50142
 def load_card(
     path, # with or without suffix
 ) -> dict:
@@ -342,7 +343,8 @@ def load_state(
     try: data = file.read_bytes()
     except FileNotFoundError: raise WeightsError(f'no weights {file}') from None
     if hashlib.sha256(data).hexdigest() != card['sha256']: raise WeightsError(f'{file} is not the file its card was written for: sha256 differs')
-    return load_tensors(data), card
+    try: return load_tensors(data), card
+    except SafetensorError as e: raise WeightsError(f'{file} is no safetensors file ({e}); nothing else is read as weights') from None
 
 def load_weights(
     model, # nn.Module of the architecture that the card names

@@ -3,6 +3,7 @@ import itertools
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -11,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path: sys.path.insert(0, str(ROOT))
 
-from benchmarks import _cnn, _common, _crops, difficulty, intersections, prevalence, scanners, shortcuts
+from benchmarks import _cnn, _common, _crops, difficulty, intersections, localiser, prevalence, scanners, shortcuts, views
 from mscan import images, phantom
 from mscan.geometry import plane_of
 from mscan.metrics import paired_bootstrap
@@ -215,3 +216,66 @@ def test_a_report_says_what_is_not_held(tmp_path, capsys):
     said, saved = capsys.readouterr().out, _common.json.loads((tmp_path / 'x.json').read_text())
     assert 'NOT HELD' in said and 'hidden' not in said and [f['ok'] for f in saved['figures']] == [True, True, False] and saved['figures'][2]['high'] is None
     assert saved['data'] == 'phantom, seed 100, 3 studies, size demo, prevalence demo' and saved['arguments']['studies'] == 3
+
+
+def test_the_localisers_errors_are_those_that_were_planted(tmp_path, monkeypatch):
+    "A localiser that is off by a known way: the figures say that distance, a lost study counts as lost, and a shift by a level is seen."
+    def plant(k, seed, size, prevalence, weights):
+        p = phantom.phantom_study(seed, k, size, prevalence, pixels=False)
+        canal = p.truth[p.truth.condition == localiser.CANAL]
+        found = canal.assign(x_mm=canal.x_mm + weights['mm'])
+        if k in weights['shifted']: found = found.assign(**{c: np.r_[canal[c].to_numpy()[1:], 2 * canal[c].iloc[-1] - canal[c].iloc[-2]] for c in ('x_mm', 'y_mm', 'z_mm')})   # L2/L3's place is called L1/L2, and so on
+        if k in weights['lost']: found = localiser.find_all(None, SimpleNamespace(study_id=p.study.study_id, of=lambda view: []))
+        return localiser.localise(found, canal).assign(kind='unknown', scanner=p.scanner, transitional='no')
+
+    def figures(**weights):
+        monkeypatch.setattr(localiser, 'partial', lambda f, **kw: lambda k: plant(k, kw['seed'], kw['size'], kw['prevalence'], weights))
+        code = localiser.main(['--studies', '4', '--size', 'small', '--workers', '1', '--draws', '50', '--check', '--out', str(tmp_path / 'x.json')])
+        return code, {f['figure']: f for f in _common.json.loads((tmp_path / 'x.json').read_text())['figures']}
+    code, near = figures(mm=3., shifted=(), lost=())
+    assert code == 0 and near['median distance, mm']['value'] == pytest.approx(3) and near['within 12 mm']['value'] == 1 and near['studies shifted by a level']['value'] == 0
+    code, far = figures(mm=7., shifted=(), lost=())
+    assert code == 1 and far['median distance, mm']['value'] == pytest.approx(7) and far['median distance, mm']['ok'] is False
+    code, lost = figures(mm=3., shifted=(), lost=(2,))
+    assert code == 1 and lost['within 12 mm']['value'] == pytest.approx(.75) and lost['studies shifted by a level']['value'] == 0      # nothing found is no shift
+    code, shifted = figures(mm=3., shifted=(1,), lost=())
+    assert code == 1 and shifted['studies shifted by a level']['value'] == 1
+
+
+class Told:
+    "Crops that are nothing but names: their place in the data set."
+    def __init__(self, studies):
+        n = 5 * studies
+        rng = np.random.default_rng(0)
+        self.study, self.grade, self.left_out = np.repeat(np.arange(studies), 5), rng.integers(0, 3, n), 2
+        self.sagittal = self.axial = np.arange(n)
+
+
+def views_figures(tmp_path, monkeypatch, know, studies=60):
+    "The report of `views` where the networks of a view are replaced by what `know(view, grades)` says of a level; asserts that none answers for a study that it was trained on."
+    crops = Told(studies)
+
+    def answers(pieces, args):
+        out = []
+        for view, train, rows, test, asked, seed in pieces:
+            assert not set(crops.study[rows]) & set(crops.study[asked]), 'a network answers for its own training studies'
+            out.append(_cnn.floor_probabilities(know(view, crops.grade[asked], np.random.default_rng(asked))))
+        return out
+    monkeypatch.setattr(views, 'load_crops', lambda args, jobs: crops)
+    monkeypatch.setattr(views, 'trainings', answers)
+    views.main(['--studies', str(studies), '--held_out', '30', '--draws', '200', '--out', str(tmp_path / 'v.json')])
+    saved = _common.json.loads((tmp_path / 'v.json').read_text())
+    assert any('2 levels left out' in n for n in saved['notes'])
+    return {f['figure']: f for f in saved['figures']}
+
+
+def says(p, grade, what): return np.where(np.isin(grade, what)[:, None], np.eye(3)[grade] * p + (1 - p) / 3, 1 / 3)
+
+
+def test_two_views_gain_where_each_knows_half_and_hardly_where_they_say_the_same(tmp_path, monkeypatch):
+    half = dict(sagittal=[0], axial=[2])                                       # one view tells the healthy, the other the severe
+    found = views_figures(tmp_path, monkeypatch, lambda view, grade, rng: says(.8, grade, half[view]))
+    assert all(found[f'WCE, both - {v}']['ok'] and found[f'WCE, both - {v}']['high'] < 0 for v in views.VIEWS)
+    same = views_figures(tmp_path, monkeypatch, lambda view, grade, rng: says(.8, grade, [0]))
+    assert all(abs(same[f'WCE, both - {v}']['value']) < .02 < .2 < abs(found[f'WCE, both - {v}']['value']) for v in views.VIEWS)     # not 0: the stacker's penalty weighs less on a view that is there twice
+    with pytest.raises(SystemExit, match='--held_out 60'): views.main(['--studies', '60', '--held_out', '60'])

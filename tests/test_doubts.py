@@ -1,6 +1,7 @@
 "Doubted labels: what counts as an answer, what is dropped and from whom, and how the doubts do as a detector of planted noise."
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,14 +12,23 @@ from matplotlib.figure import Figure
 from sklearn import metrics as sk
 
 import mscan.doubts
+import mscan.prepare
 from mscan.disease import THRESHOLDS
 from mscan.doubts import add_truth, detector_table, doubt_pictures, draw_doubts, mscan_doubts, read_true_grades, write_doubts
+from mscan.foramina import lateral_mm, offset_foramina
 from mscan.folds import fold_report, load_folds, made_up_folds, mean_of_part, out_of_fold
+from mscan.geometry import plane_of
+from mscan.images import Preprocess
+from mscan.keypoints import canal_points
 from mscan.metrics import auroc, prior_table
 from mscan.noise import KEYS, drop_doubtful, label_doubts, read_oof
+from mscan.phantom import phantom_study
 from mscan.prepare import prepare
+from mscan.projection import choose_slices
+from mscan.recesses import offset_recesses, recess_card
 from mscan.rsna import CONDITIONS, LEVELS, PROBS, TableError, read_train, row_ids, write_submission, write_train
 from mscan.runs import RunError
+from mscan.training import save_weights
 
 CANAL = CONDITIONS[0]
 
@@ -170,9 +180,72 @@ def test_pictures_come_from_the_run_that_held_the_study_out(tmp_path, monkeypatc
     monkeypatch.setattr(mscan.doubts, 'finished', lambda run: {'10_prepare': SimpleNamespace(path=lambda name: run/f'{name}.parquet'), 'run': run})
     monkeypatch.setattr(mscan.doubts, 'run_pictures', lambda manifests: lambda study_id, row: [np.full((8, 8), int(manifests['run'].name[-1]))] * 4)
     pictures = doubt_pictures(tmp_path/'folds')
-    for study, fold in (('1', 0), ('3', 1), ('2', 0)): assert pictures(study, pd.Series({'fold': fold}))[0][0, 0] == fold
-    with pytest.raises(RunError, match='does not know study 3'): pictures('3', pd.Series({'fold': 0}))
+    for study, fold in (('1', 0), ('3', 1), ('2', 0)): assert pictures(study, pd.Series({'fold': fold, 'condition': CANAL}))[0][0, 0] == fold
+    with pytest.raises(RunError, match='does not know study 3'): pictures('3', pd.Series({'fold': 0, 'condition': CANAL}))
+    with pytest.raises(RunError, match='22_sides has not run'): pictures('1', pd.Series({'fold': 0, 'condition': CONDITIONS[1]}))
     with pytest.raises(RunError, match='does not say which'): pictures('1', pd.Series({'level': 'l1_l2'}))
+
+
+@pytest.fixture
+def found_sides(tmp_path, monkeypatch):
+    "A finished run of one study whose grey values say where they are: T1 brighter to the patient's left, by 3 a mm from the canal, T2 black, axial slices bright to his left and dark to his right."
+    p = phantom_study(4, 0, 'small', quirks='none', pixels=False)
+    canal = canal_points(p.truth)
+    middle = canal[:, 0].mean()
+
+    def painted(series):
+        def image(i):
+            plane = plane_of(series, i)
+            y, x = np.mgrid[:plane.shape[0], :plane.shape[1]]
+            xyz = plane.to_patient(np.stack([x, y], -1))
+            if series.view == 'axial_t2': return np.where(xyz[..., 0] > middle, 230, 30).astype(np.uint8)
+            return np.full(xyz.shape[:2], 128 + 3 * lateral_mm(series, canal).mean(1)[i] if series.view == 'sagittal_t1' else 0, np.uint8)
+        return replace(series, pixels=[image(i) for i in range(len(series))], normalised=True)
+    study = replace(p.study, study_id='1', series=[painted(s) for s in p.study.series])
+    foramina = offset_foramina(study.of('sagittal_t1')[0], canal)
+    recesses = offset_recesses(study, choose_slices(study.of('axial_t2'), canal), canal)
+    other = foramina.assign(study_id='2', slice_i=0)                                    # another study, on another slice
+    pd.concat([other, foramina.assign(study_id='1')]).to_parquet(tmp_path/'foramina.parquet')
+    recesses[recesses.level != 'l1_l2'].assign(study_id='1').to_parquet(tmp_path/'recesses.parquet')
+    pd.DataFrame({'study_id': ['1']}).to_parquet(tmp_path/'studies.parquet')
+    save_weights({}, tmp_path/'axial_point', recess_card(64, 0, Preprocess(.8, 'none')))
+    stage = SimpleNamespace(dir=tmp_path, path=lambda name: tmp_path/(name if '.' in name else f'{name}.parquet'))
+    monkeypatch.setattr(mscan.doubts, 'finished', lambda run: {s: stage for s in ('10_prepare', '22_sides', '30_crops')})
+    monkeypatch.setattr(mscan.prepare, 'load_tables', lambda folder: None)
+    monkeypatch.setattr(mscan.prepare, 'load_study', lambda tables, study_id: study)
+    monkeypatch.setattr(mscan.doubts, 'run_pictures', lambda manifests: lambda study_id, row: ['canal'])
+    return doubt_pictures(tmp_path), foramina, recesses, lambda series_id, i: next(s for s in study.series if s.series_id == series_id).pixels[i]
+
+
+def asked(condition, level='l4_l5'): return pd.Series({'condition': condition, 'level': level})
+
+
+def test_a_foramen_is_shown_on_t1_on_its_own_side_from_the_middle_outwards(found_sides):
+    pictures, foramina, _, pixels = found_sides
+    for side, sign in (('left', 1), ('right', -1)):
+        crops = pictures('1', asked(f'{side}_neural_foraminal_narrowing'))
+        grey = [float(c[54:74, 54:74].mean()) - 128 for c in crops if c is not None]
+        own = foramina[(foramina.side == side) & (foramina.level == 'l4_l5')].iloc[0]
+        assert crops[1] is not None and abs(crops[1][60:68, 60:68].mean() - pixels(own.series_id, own.slice_i).mean()) < 1      # its own slice in the middle; T2 is black
+        assert len(crops) == 3 and len(grey) >= 2 and all(sign * g > 0 for g in grey) and (np.diff(grey) * sign > 6).all(), (side, grey)
+
+
+def test_a_recess_is_shown_on_the_axial_slices_of_its_level_round_its_own_side(found_sides):
+    pictures, _, recesses, _ = found_sides
+    for side, lighter in (('left', True), ('right', False)):
+        crops = pictures('1', asked(f'{side}_subarticular_stenosis'))
+        rows = recesses[(recesses.side == side) & (recesses.level == 'l4_l5') & (recesses.pass_i == 0) & recesses.used]
+        assert len(crops) == len(rows) >= 1
+        for c in crops: assert (c[60:68, 60:68].mean() > 128) == lighter and c[64, -8:].mean() > 200 > 60 > c[64, :8].mean()      # as the patient is: his left to the right
+    assert pictures('1', asked('left_subarticular_stenosis', 'l1_l2')) == []                                                     # on no slice
+
+
+def test_each_condition_has_crops_of_its_own(found_sides):
+    pictures = found_sides[0]
+    assert pictures('1', asked(CANAL)) == ['canal']
+    four = [pictures('1', asked(c))[1] for c in CONDITIONS[1:]]
+    assert all((a != b).any() for k, a in enumerate(four) for b in four[:k])
+    with pytest.raises(RunError, match='does not know study 2'): pictures('2', asked(CONDITIONS[1]))
 
 
 def test_the_page_says_what_is_shown(planted):
@@ -182,7 +255,10 @@ def test_the_page_says_what_is_shown(planted):
     draw_doubts(figure, rows, lambda study_id, row: [np.zeros((4, 4)), None, None, None])
     titles = [b._suptitle.get_text() for b in figure.subfigs if b._suptitle]
     assert len(titles) == 3 and 'right subarticular stenosis' in titles[1] and all(f'doubt {d:.2f}, truly Normal/Mild' in t for d, t in zip(rows.doubt, titles))
-    assert sum(len(ax.images) for b in figure.subfigs for ax in b.axes) == 3
+    assert sum(len(ax.images) for b in figure.subfigs for ax in b.axes) == 3 and not any('on no slice' in t for t in titles)
+    empty = Figure(figsize=(10, 4))
+    draw_doubts(empty, rows, lambda study_id, row: [None] * 3 if row.condition == CONDITIONS[4] else [np.zeros((4, 4))])
+    assert ['the run found it on no slice' in b._suptitle.get_text() for b in empty.subfigs if b._suptitle] == [c == CONDITIONS[4] for c in rows.condition]
 
 
 def test_command_line(tmp_path, capsys):

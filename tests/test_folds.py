@@ -17,6 +17,7 @@ from mscan.dicom import Study
 from mscan.evaluate import TRAINED
 from mscan.folds import (GRADING, RESULTS, check_folds, combine, load_folds, made_up_folds, made_up_stage, mean_of_part, mscan_folds, out_of_fold,
                          plans_of, folds_parser, run_folds)
+from mscan.folders import Found
 from mscan.metrics import RISKS, prior_rows, prior_table, score, score_of, study_losses
 from mscan.rsna import CONDITIONS, LEVELS, PROBS, TableError, read_submission, row_ids
 from mscan.runs import RunError, read_manifest
@@ -273,10 +274,10 @@ def stubs(monkeypatch, tmp_path):
     "A place with test studies 1 and 2, where reading and grading are stubs; what was read, normalised and graded is noted."
     note = SimpleNamespace(read=[], normalised=[], graded=[], members={}, unreadable=())
 
-    def read_study(data_dir, split, study_id, descriptions):
-        note.read.append(study_id)
-        if study_id in note.unreadable: raise OSError('disk is gone')
-        return Study(study_id, [f'series of {study_id}'])
+    def read_found(found, descriptions, limits):
+        note.read.append(found.study_id)
+        if found.study_id in note.unreadable: raise OSError('disk is gone')
+        return Study(found.study_id, [f'series of {found.study_id}'])
 
     def normalise(series, low, high):
         note.normalised.append((low, high))
@@ -287,8 +288,8 @@ def stubs(monkeypatch, tmp_path):
         if study.study_id in models.fails: raise ValueError('a bad day')
         return answers(models.seed, [study.study_id], [(study.study_id, l) for l in models.fallen])
 
-    for name, stand_in in dict(read_study=read_study, normalise=normalise, conventional=lambda series: series, grade_study=grade_study, load_models=lambda manifests, device: note.members[Path(manifests['10_prepare'].run_dir).name],
-                               read_tables=lambda data_dir, split: SimpleNamespace(studies=['1', '2'], notes=[], descriptions=None)).items(): monkeypatch.setattr(submission, name, stand_in)
+    for name, stand_in in dict(read_found=read_found, normalise=normalise, conventional=lambda series: series, grade_study=grade_study, load_models=lambda manifests, device: note.members[Path(manifests['10_prepare'].run_dir).name],
+                               find_studies=lambda data_dir, progress: SimpleNamespace(studies=[Found('1'), Found('2')], notes=[], descriptions=None, ids=None)).items(): monkeypatch.setattr(submission, name, stand_in)
     return note
 
 
@@ -334,7 +335,7 @@ def test_a_single_run_is_graded_as_before(stubs, made, tmp_path):
     shutil.copytree(made.dir / 'fold_1', run)
     stubs.members = {'single': stub(5)}
     rows = predict(run, 'data', tmp_path / 'out', 'cpu', progress=False)
-    alone = pd.concat([predict_study('data', s, None, stub(5)) for s in ('1', '2')], ignore_index=True)
+    alone = pd.concat([predict_study(Found(s), None, stub(5)) for s in ('1', '2')], ignore_index=True)
     assert rows.equals(alone) and 'models' not in rows and list(pd.read_csv(tmp_path / 'out/provenance.csv')) == list(PROVENANCE)
 
 

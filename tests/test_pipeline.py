@@ -10,66 +10,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from mscan.dicom import read_series
+from conftest import ENV, SMOKE, command, view_of
 from mscan.ladder import RUNGS
 from mscan.rsna import row_ids
 
 BIN = Path(sys.executable).parent
-ENV = os.environ | dict(OMP_NUM_THREADS='1', MPLBACKEND='Agg')   # two threads a process on two busy cores wait for each other for minutes
-pytestmark = pytest.mark.xdist_group('pipeline')                 # meant to keep the one run in one worker, which xdist 3.8 does not heed yet
-
-
-def command(name, *args, ok=True):
-    done = subprocess.run([BIN / name, *map(str, args)], capture_output=True, text=True, env=ENV)
-    assert (done.returncode == 0) == ok, done.stdout[-3000:] + done.stderr[-3000:]
-    return done
-
-
-SMOKE = ['--preset', 'smoke', '-p', 'view_dropout', '0.1',      # smoke's U-Net has learned nothing: most of its points meet no axial slice
-         '-p', '31_encoders.features', 'in_fold,oof', '-p', '31_encoders.parts', '2', '-p', '42_grading.features', 'oof', '-p', 'variants', 'sagittal_gru,mscan,mscan_oof',
-         '-p', '31_encoders.sides', 'true', '-p', '42_grading.model', 'bilateral', '-p', 'contrast_dropout', '0.5', '-p', '42_grading.views', '1']
-
-
-def view_of(folder): return read_series(folder, pixels=False).view
-
-
-@pytest.fixture(scope='module')
-def data(small_data, tmp_path_factory):
-    "The small phantom, with tables that list far more studies than there are images, and test studies broken in seven ways."
-    folder = tmp_path_factory.mktemp('pipeline') / 'data'
-    shutil.copytree(small_data, folder)
-    test = folder / 'test_images'
-    good = sorted(p.name for p in test.iterdir())[0]
-    descriptions = pd.read_csv(folder / 'test_series_descriptions.csv', dtype=str)
-    mine, broken = descriptions[descriptions.study_id == good], {}
-
-    def copy(number, change):
-        target = test / str(number)
-        shutil.copytree(test / good, target)
-        change(target)
-        broken[str(number)] = change.__name__
-        return mine.assign(study_id=str(number))
-
-    def without(view): return lambda d: [shutil.rmtree(p) for p in d.iterdir() if view_of(p) == view]
-    def no_sagittal_t2(d): without('sagittal_t2')(d)
-    def no_sagittal_t1(d): without('sagittal_t1')(d)
-    def no_axial(d): without('axial_t2')(d)
-    def zero_byte(d): next((p for p in d.iterdir() if view_of(p) == 'axial_t2')).joinpath('1.dcm').write_bytes(b'')
-    def truncated(d): f = sorted(next(p for p in d.iterdir() if view_of(p) == 'sagittal_t2').iterdir())[0]; f.write_bytes(f.read_bytes()[:-900])
-    def nothing_readable(d): [f.write_bytes(b'no') for f in d.glob('*/*')]
-    def empty_folder(d): shutil.rmtree(d); d.mkdir()
-    rows = [copy(101 + k, c) for k, c in enumerate((no_sagittal_t2, no_sagittal_t1, no_axial, zero_byte, truncated, nothing_readable, empty_folder))]
-    pd.concat([descriptions, *rows]).to_csv(folder / 'test_series_descriptions.csv', index=False)
-    train = pd.read_csv(folder / 'train.csv')
-    many = pd.concat([train, *[train.assign(study_id=train.study_id + k) for k in range(1, 40)]])
-    many.to_csv(folder / 'train.csv', index=False)
-    return folder, broken
-
-
-@pytest.fixture(scope='module')
-def run(data, tmp_path_factory):
-    run_dir = tmp_path_factory.mktemp('runs') / 'smoke'
-    return run_dir, command('mscan_run', '--data_dir', data[0], '--run_dir', run_dir, *SMOKE)
+pytestmark = pytest.mark.xdist_group('pipeline')    # meant to keep the one run in one worker, which xdist 3.8 does not heed yet
 
 
 def submission_of(folder): return pd.read_csv(folder / 'submission.csv').set_index('row_id'), pd.read_csv(folder / 'provenance.csv', keep_default_na=False).set_index('row_id')
@@ -168,6 +114,40 @@ def test_predict_repeats_the_run_without_train_csv(run, data, tmp_path):
     (first, why), (second, why_again) = submission_of(run[0] / '60_submission'), submission_of(tmp_path / 'out')
     assert list(first.index) == list(second.index) and np.abs(first - second).to_numpy().max() < 2e-3
     assert (why['source'] == why_again['source']).all() and (why.slices == why_again.slices).all()
+
+
+def test_a_heap_of_files_is_graded_as_the_competition_folder_is(run, data, tmp_path):
+    "The good studies, thrown into one folder under names without meaning, each with its own answers again."
+    heap, good = tmp_path / 'heap', sorted(p for p in (data[0] / 'test_images').iterdir() if p.name not in data[1])
+    heap.mkdir()
+    for k, file in enumerate(f for study in good for f in sorted(study.rglob('*.dcm'))): shutil.copy(file, heap / f'{(k * 7919) % 10007:08X}')
+    command('mscan_predict', '--run_dir', run[0], '--data_dir', heap, '--out', tmp_path / 'out', '--device', 'cpu', '--ids_csv', tmp_path / 'ids.csv')
+    (first, why), (second, why_again) = submission_of(run[0] / '60_submission'), submission_of(tmp_path / 'out')
+    back = pd.read_csv(tmp_path / 'ids.csv', dtype=str).drop_duplicates('study_id').set_index('study_id').study_uid     # the phantom's study UID is its id
+    names = [f"{back[i.split('_')[0]]}_{i.partition('_')[2]}" for i in second.index]
+    assert sorted(back) == [p.name for p in good] and len(second) == 25 * len(good)
+    assert np.abs(first.loc[names].to_numpy() - second.to_numpy()).max() < 2e-3 and (why['source'].loc[names].to_numpy() == why_again['source'].to_numpy()).all() and (why_again['source'] == 'model').any()
+
+
+def test_report_and_structured_report_of_the_run(run, data, tmp_path):
+    "A good study, one without axial slices and one with nothing readable, by the networks of the run: pages and rows for all, and a refusal for headers as the competition has them."
+    from mscan.report import write_report
+    from mscan.sr import write_reports
+    number = {change: n for n, change in data[1].items()}
+    good = sorted(p.name for p in (data[0] / 'test_images').iterdir() if p.name not in data[1])[0]
+    few, chosen = tmp_path / 'few', [good, number['no_axial'], number['nothing_readable']]
+    for s in chosen: shutil.copytree(data[0] / 'test_images' / s, few / 'test_images' / s)
+    shutil.copy(data[0] / 'test_series_descriptions.csv', few)
+    rows = write_report(run[0], few, tmp_path / 'out', device='cpu', progress=False)
+    submission, provenance = submission_of(run[0] / '60_submission')
+    mine = rows.set_index(rows.study_id + '_' + rows.condition + '_' + rows.level)
+    assert len(mine) == 75 and np.abs(submission.loc[mine.index].to_numpy() - mine[['normal_mild', 'moderate', 'severe']].to_numpy(float)).max() < 2e-3
+    assert (mine['source'] == provenance.loc[mine.index, 'source']).all() and mine[mine['source'] != 'model'].review.all()
+    text = {s: (tmp_path / 'out' / f'study_{s}.html').read_text() for s in chosen}
+    assert 'no axial T2 series' in text[number['no_axial']] and 'No axial slice reaches this level' in text[number['no_axial']] and 'No level was located' in text[number['nothing_readable']]
+    assert text[good].count('data:image/') > 20 and 'could be shown' not in text[good] and 'views (rows) ask views (columns)' in text[good]
+    written, refused = write_reports(run[0], few, tmp_path / 'sr', good, 'cpu')
+    assert not written and 'SOPClassUID' in refused[0] and 'PatientName' in refused[0]
 
 
 def test_a_second_call_does_nothing_again(run, data):
