@@ -13,7 +13,9 @@ BENCHMARKS ?= prevalence intersections difficulty views scanners shortcuts local
 
 SCIENCE ?= runs/science
 
-.PHONY: setup demo science test test-all benchmarks lessons lock clean
+KAGGLE_USER ?= your-kaggle-name
+
+.PHONY: setup demo proof science kaggle test test-all benchmarks lessons lock clean
 
 setup: $(STAMP)
 
@@ -35,11 +37,23 @@ demo: setup
 	$(BIN)/mscan_run --data_dir $(DATA) --run_dir $(RUN) --preset demo
 	$(BIN)/mscan_evaluate --run_dir $(RUN) --train_csv $(DATA)/test_labels.csv --truth_csv $(DATA)/truth.csv --json $(RUN)/held_out.json
 
+# The demo's run on 104 phantom studies that nothing was chosen on: score per condition, level and side; places of foramina and recesses; what a missing series costs. 10 minutes beyond the demo.
+proof: demo
+	$(BIN)/mscan_phantom --out data/proof --studies 1 --test_studies 104 --seed 7
+	$(BIN)/mscan_predict --run_dir $(RUN) --data_dir data/proof --out $(RUN)/proof
+	$(BIN)/mscan_evaluate --train_csv data/proof/test_labels.csv --submission $(RUN)/proof/submission.csv --prior_csv $(RUN)/10_prepare/prior.csv --markdown $(RUN)/proof/table.md
+	$(BIN)/python -m benchmarks.sides --run_dir $(RUN) --data_dir data/proof --studies 0
+	$(BIN)/python -m benchmarks.missing --run_dir $(RUN) --data_dir data/proof
+
 # The paper's tables on phantom studies: every row, on the same crops, with intervals; in the run's 50_evaluate/variants.md.
 science: setup
 	$(BIN)/mscan_phantom --out data/science --studies 600 --test_studies 0 --seed 5
 	$(BIN)/mscan_run --data_dir data/science --run_dir $(SCIENCE) --preset science
 	$(BIN)/mscan_evaluate --run_dir $(SCIENCE) --truth_csv data/science/truth.csv --json $(SCIENCE)/held_out.json
+
+# A data set and notebooks for Kaggle, of a finished run; see submission/README.md. Nothing is uploaded.
+kaggle: setup
+	$(BIN)/python -m submission.build --run_dir $(RUN) --user $(KAGGLE_USER) --out dist_kaggle
 
 test: setup
 	$(BIN)/python -m pytest -q -n 2 --dist loadgroup -m "not slow" tests

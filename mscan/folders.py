@@ -6,7 +6,7 @@
 __all__ = ['ID_DIGITS', 'walk', 'short_ids', 'Found', 'group_key', 'group_files', 'Refused', 'Limits', 'beyond', 'series_files',
            'views_of', 'lay_out', 'read_found', 'find_studies', 'write_ids']
 
-# %% ../nbs/021_folders.ipynb #fd0ea200
+# %% ../nbs/021_folders.ipynb #16b17c4a
 import hashlib
 import os
 import re
@@ -19,9 +19,10 @@ from types import SimpleNamespace
 import pandas as pd
 from tqdm.auto import tqdm
 
-from .dicom import MAX_SIDE, DicomError, read_study
+from .dicom import DicomError, read_study
 from .files import whole_files
 from .heads import DIRECTORY, read_head, view_of
+from .pixels import MAX_SIDE
 from .rsna import TableError, discover_studies, read_descriptions
 
 # %% ../nbs/021_folders.ipynb #d677a794

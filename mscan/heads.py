@@ -62,7 +62,7 @@ def read_head(
     numbers = lambda v: tuple(float(x) for x in (v if isinstance(v, (list, tuple)) or hasattr(v, 'append') else [v])) if v not in ('', None) else ()
     return SimpleNamespace(file=str(file), size=size, kind=kind, **{k: value(w, lambda v: str('' if v is None else v).strip()[:MAX_TEXT]) for k, w in TEXTS.items()}, **{k: value(w, numbers) for k, w in NUMBERS.items()})
 
-# %% ../nbs/020_heads.ipynb #82f8d94a
+# %% ../nbs/020_heads.ipynb #2dbb670a
 SHORT_ECHO_MS, LONG_ECHO_MS = 35., 60.    # spine protocols: T1 8-20, T2 80-120, STIR 30-80
 SHORT_REPETITION_MS = 1300.               # T1 400-900, T2 above 2500
 STIR_MS, FLAIR_MS = (100., 300.), (500., 1300.)  # inversion times at 1.5 and 3 T
@@ -78,7 +78,7 @@ def planes_of(
     lies = np.array([h.orientation for h in heads if len(h.orientation) == 6 and np.isfinite(h.orientation).all()]).reshape(-1, 6)
     return [('sagittal', 'coronal', 'axial')[i] for i in np.abs(np.cross(lies[:, :3], lies[:, 3:])).argmax(1)]
 
-
+# %% ../nbs/020_heads.ipynb #a0b30540
 def contrast_of(
     heads,       # of one series
 ) -> tuple:      # ('t1', 't2', 'other' or None if nothing tells, why)
@@ -97,7 +97,7 @@ def contrast_of(
     if echo <= SHORT_ECHO_MS and repetition > SHORT_REPETITION_MS: return 'other', 'its times are those of proton density'
     return None, 'nothing tells its contrast'
 
-# %% ../nbs/020_heads.ipynb #4cc4edbc
+
 def view_of(
     heads,                # of one series
     image_contrast=None,  # () -> 't1', 't2' or None: asked where no header tells

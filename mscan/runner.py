@@ -6,7 +6,7 @@
 __all__ = ['EPILOG', 'find_stages', 'as_type', 'unknown', 'read_preset', 'settle', 'plan', 'why_run', 'StageFailed', 'failure',
            'environ', 'execute', 'locked', 'run_stages', 'Parser', 'run_parser', 'show_plan', 'mscan_run']
 
-# %% ../nbs/08_runner.ipynb #af8c44da
+# %% ../nbs/08_runner.ipynb #b281ed63
 import argparse, contextlib, fcntl, os, re, sys, tempfile, textwrap, time
 from difflib import get_close_matches
 from pathlib import Path
@@ -15,6 +15,7 @@ import mscan, yaml
 from tqdm import tqdm
 from .runs import (MANIFEST, UNFINISHED, STAGES, RunError, code_hash, declared_parameters, find_nbs, noted, portable,
                         project_root, read_manifest, resolve)
+from .session import SessionOver, adopt, drop_link, session_limits
 
 # %% ../nbs/08_runner.ipynb #e18a01af
 def find_stages(
@@ -190,7 +191,7 @@ def execute(
         raise StageFailed(f'stage {stage} ran through but wrote no manifest: its last cell must call stage.finish(). '
                           f'Executed notebook: {portable(executed)}') from None
 
-# %% ../nbs/08_runner.ipynb #5518196d
+# %% ../nbs/08_runner.ipynb #9188606f
 @contextlib.contextmanager
 def locked(run_dir):
     "Holds the run's folder for this process. Raises `RunError` if another one has it."
@@ -217,12 +218,14 @@ def run_stages(
             places = dict(run_dir=portable(run_dir), data_dir=portable(data_dir))
             values = planned[stage] | {k: v for k, v in places.items() if k in planned[stage]}
             reason, start = why_run(run_dir, stage, values, folder/f'{stage}.ipynb'), time.perf_counter()
-            if reason: execute(folder/f'{stage}.ipynb', run_dir, values, bar)
+            if reason:
+                drop_link(run_dir/stage)
+                execute(folder/f'{stage}.ipynb', run_dir, values, bar)
             rows.append((stage, 'done' if reason else 'skipped', time.perf_counter() - start))
             say(f'{stage:<20} done in {rows[-1][2]:.1f} s ({reason})' if reason else f'{stage:<20} skipped, nothing changed')
     return rows
 
-# %% ../nbs/08_runner.ipynb #d1635b75
+# %% ../nbs/08_runner.ipynb #47c8608b
 class Parser(argparse.ArgumentParser):
     "argparse that ends with exit code 1 and one sentence."
     def error(self, message): self.exit(1, f'{self.prog}: {message}; see {self.prog} --help\n')
@@ -232,7 +235,9 @@ A stage is a notebook nbs/NN_name.ipynb with a cell tagged `parameters`. The sta
   %s
 Each leaves its executed notebook, its products and manifest.json in <run_dir>/<stage>/. A stage is skipped if its
 manifest matches: same code, same parameters, same inputs, products still there. Killed or failed in the middle, the
-same command goes on at that stage. The first failing cell stops the run; exit code 1.
+same command goes on at that stage. The first failing cell stops the run; exit code 1. On a machine that is lent for
+some hours (Kaggle): --budget_hours and --disk_gb stop it in time, with exit code 2, and --resume_from takes the
+finished stages of earlier sessions over by linking them.
 
 Presets: smoke proves the wiring, demo learns from the phantom on two cores, science trains every row of the paper's
 tables on 600 phantom studies, paper has the paper's numbers. A preset
@@ -257,10 +262,14 @@ def run_parser() -> argparse.ArgumentParser:
     p.add_argument('-p', nargs=2, action='append', default=[], metavar=('NAME', 'VALUE'), dest='settings',
                    help='set a parameter in every stage that declares it, or as STAGE.NAME in one; may be repeated')
     p.add_argument('--nbs', type=os.path.abspath, help='folder of the stage notebooks (default: nbs/ beside the installed package)')
+    p.add_argument('--resume_from', action='append', default=[], type=os.path.abspath, metavar='FOLDER', help='a run of an earlier session, or a folder that holds some: its finished stages are linked into run_dir; may be repeated')
+    p.add_argument('--budget_hours', type=float, default=0., help='stop after so many hours; the stage at work is lost, those before it are kept (default: no limit)')
+    p.add_argument('--disk_gb', type=float, default=0., help='stop when run_dir has grown beyond so many GB, links not counted (default: no limit)')
+    p.add_argument('--no_times', action='store_true', help='tell data_dir by names and sizes alone, where a copy of the same data has other times of change in each session')
     p.add_argument('--plan', action='store_true', help='print what would run, with every parameter, and run nothing')
     return p
 
-# %% ../nbs/08_runner.ipynb #7c919ae7
+# %% ../nbs/08_runner.ipynb #528f72b0
 def show_plan(data_dir, run_dir, planned, nbs=None):
     "Prints every stage with its parameters and why it would run."
     for stage, values in planned.items():
@@ -272,12 +281,17 @@ def show_plan(data_dir, run_dir, planned, nbs=None):
 def mscan_run(
     argv=None, # arguments, default those of the command line
 ):
-    "Command line of the runner. Exits with 1 and the reason if anything is wrong."
+    "Command line of the runner. Exits with 1 and the reason if anything is wrong, with 2 if a limit of the session ended it."
     args = run_parser().parse_args(argv)
+    if args.no_times: os.environ['MSCAN_DATA_TIMES'] = '0'      # the stages' kernels see it too
     chosen = [s.strip() for s in args.stages.split(',') if s.strip()] if args.stages else None
     try:
         planned = plan(find_stages(args.nbs), read_preset(args.preset), args.settings, chosen)
-        if args.plan: show_plan(args.data_dir, args.run_dir, planned, args.nbs)
-        else: run_stages(args.data_dir, args.run_dir, planned, args.nbs)
+        for stage, place in adopt(args.run_dir, args.resume_from) if args.resume_from else []: print(f'{stage:<20} taken from {portable(place)}', flush=True)
+        if args.plan: return show_plan(args.data_dir, args.run_dir, planned, args.nbs)
+        with session_limits(args.run_dir, args.budget_hours, args.disk_gb): run_stages(args.data_dir, args.run_dir, planned, args.nbs)
     except RunError as e: sys.exit(f'mscan_run: {e}')
+    except SessionOver as e:
+        print(f'mscan_run: {e}; finished stages are kept, the same command or a session with --resume_from goes on', file=sys.stderr, flush=True)
+        sys.exit(2)
     except KeyboardInterrupt: sys.exit('mscan_run: interrupted; the same command goes on where it stopped')

@@ -119,7 +119,7 @@ def code_hash(
         todo |= _imports(tree) - seen
     return hashlib.sha256('\n'.join([parts[0], *sorted(parts[1:])]).encode()).hexdigest()
 
-# %% ../nbs/07_runs.ipynb #9ad062f0
+# %% ../nbs/07_runs.ipynb #e6e159fb
 def listing_hash(
     folder,       # any folder
     times=False,  # times of change too; they do not survive copying, so only for data that stays where it is
@@ -139,9 +139,9 @@ def file_hash(path) -> str:
     with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
 
 def data_hash(data_dir) -> str:
-    "Hash of a data folder's listing. Raises `RunError` if there is none."
+    "Hash of a data folder's listing; without times of change where $MSCAN_DATA_TIMES is 0. Raises `RunError` if there is none."
     if not resolve(data_dir).is_dir(): raise RunError(f'data_dir {data_dir} is not a folder')
-    return listing_hash(resolve(data_dir), times=True)[0]
+    return listing_hash(resolve(data_dir), times=os.environ.get('MSCAN_DATA_TIMES') != '0')[0]
 
 # %% ../nbs/07_runs.ipynb #d1212916
 def noted(
@@ -152,7 +152,7 @@ def noted(
     if 'data_dir' in values: inputs['data_dir'] = data_hash(values['data_dir'])
     return {k: portable(v) if k in inputs else v for k, v in values.items() if k != 'run_dir'}, inputs
 
-# %% ../nbs/07_runs.ipynb #897b4402
+# %% ../nbs/07_runs.ipynb #5fb7a150
 @dataclass
 class Manifest:
     "A finished stage, as its manifest.json tells it."
@@ -185,6 +185,7 @@ class Manifest:
         def size(path): return listing_hash(path)[1] if path.is_dir() else path.stat().st_size if path.exists() else None
         return [n for n, p in self.products.items() if size(self.dir/p['path']) != p['bytes']]
 
+# %% ../nbs/07_runs.ipynb #34b950c9
 def read_manifest(
     run_dir, # a run's folder
     stage,   # '20_keypoints'

@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['PROVENANCE', 'MEAN_PROVENANCE', 'GRADING', 'ROW_BYTES', 'write_results', 'joint_reason', 'average_runs', 'discreet',
-           'read_grey', 'read_normalised', 'sound_rows', 'predict_study', 'predict_found', 'predict_members', 'grader',
-           'member_runs', 'made_ready', 'graded', 'predict', 'mscan_predict']
+           'read_grey', 'read_normalised', 'sound_rows', 'fallback_rows', 'predict_study', 'predict_found',
+           'predict_members', 'grader', 'member_runs', 'made_ready', 'graded', 'in_budget', 'predict', 'mscan_predict']
 
-# %% ../nbs/60_submission.ipynb #0d998828
+# %% ../nbs/60_submission.ipynb #2b98dae3
 import errno
 import os
 import re
 import shutil
 import sys
 import tempfile
+import time
 from dataclasses import replace
 from functools import cache, partial
 from itertools import compress
@@ -25,7 +26,9 @@ import pandas as pd
 from fastcore.script import Param, call_parse
 from tqdm.auto import tqdm
 
+from .budget import grade_in_time
 from .compare import KEYS, mean_predictions
+from .contents import examine
 from .files import whole_files
 from .folders import Found, Limits, Refused, find_studies, read_found, write_ids
 from .grading import grade_study, load_models, study_rows
@@ -92,7 +95,7 @@ def average_runs(
     mean['reason'] = [joint_reason(why) for why in zip(*(t.reason for t in tables), strict=True)]
     return mean.assign(models=[f'{n} of {len(tables)}' for n in model.sum(0)])
 
-# %% ../nbs/60_submission.ipynb #7670c642
+# %% ../nbs/60_submission.ipynb #fe4a004c
 def discreet(
     error: BaseException,
 ) -> str:
@@ -110,6 +113,9 @@ def read_grey(
 ):                            # Study
     "A test study as every stage sees it: 8 bits, stored by convention."
     study, series = read_found(found, descriptions, limits), []
+    named = None if descriptions is None else set(descriptions.series_id[descriptions.study_id == found.study_id])
+    if not found.folder: named = {s.series_id for s in study.series if not any(p.startswith(f'series {s.series_id}: ') and 'assumed' in p for p in study.problems)}   # what headers say has been asked already
+    study, _ = examine(study, found.folder or None, set() if named is None else named)
     for s in study.series:
         try: series.append(conventional(normalise(s, low, high)))
         except Exception as e: study.problems.append(f'series {s.series_id} left out: {discreet(e)}')
@@ -121,7 +127,7 @@ def read_normalised(data_dir, study_id: str, descriptions, low: float, high: flo
     "As `read_grey`, for a study of a competition folder."
     return read_grey(Found(study_id, str(Path(data_dir) / 'test_images' / study_id)), descriptions, low, high)
 
-# %% ../nbs/60_submission.ipynb #2ed2ba2c
+# %% ../nbs/60_submission.ipynb #0f7fcf1e
 def sound_rows(
     rows: pd.DataFrame,  # of `study_rows`
     study_id: str,
@@ -131,6 +137,17 @@ def sound_rows(
     if len(rows) != 25 or rows.duplicated(KEYS).any() or set(rows.study_id) != {study_id}: raise ValueError(f'{len(rows)} rows instead of the 25 of the study')
     if not np.isfinite(p).all() or (p < 0).any() or np.abs(p.sum(1) - 1).max() > 1e-3: raise ValueError('the networks answered with what is no probability')
     return rows
+
+# %% ../nbs/60_submission.ipynb #93606bbb
+def fallback_rows(
+    study_id: str,
+    members: list,   # of `load_models`, one for each run
+    reason: str,     # a sentence for the provenance
+) -> pd.DataFrame:   # 25 rows; of several runs their mean, with models
+    "What is known of a study that is not graded."
+    nothing = SimpleNamespace(boxes=None, centres=None, reasons=[reason])
+    tables = [study_rows(study_id, {}, nothing, None, None, m) for m in members]
+    return tables[0] if len(tables) == 1 else average_runs(tables)
 
 
 def predict_study(
@@ -150,7 +167,7 @@ def predict_study(
     except BaseException as e:                           # a panic in compiled Rust is no Exception
         if strict: raise
         print(f'study {found.study_id} falls back: {discreet(e)}', file=sys.stderr)
-        return study_rows(found.study_id, {}, SimpleNamespace(boxes=None, centres=None, reasons=[discreet(e)]), None, None, models)
+        return fallback_rows(found.study_id, [models], discreet(e))
 
 # %% ../nbs/60_submission.ipynb #0a826467
 def predict_found(
@@ -232,7 +249,20 @@ def graded(
         if isinstance(answers[k], Lost): raise RunError(f'study {studies[k].study_id} has no answer, not even the fallback: {answers[k].reason}')
     return [answers[k] for k in range(len(studies))]
 
-# %% ../nbs/60_submission.ipynb #46f03293
+# %% ../nbs/60_submission.ipynb #e948fa8f
+def in_budget(
+    grade,               # of `grader`: Found -> rows
+    studies: list,       # of Found
+    save,                # rows of all studies -> files
+    hours: float, began: float,   # the budget, and when it began (`time.monotonic`)
+    progress: bool,
+) -> pd.DataFrame:       # rows of all studies
+    "Studies graded while the time suffices, the fallback for the others."
+    by_id, members = {s.study_id: s for s in studies}, grade.keywords['members']
+    late = partial(fallback_rows, members=members, reason=f'the budget of {hours:.3g} hours ended before this study')
+    return grade_in_time(list(by_id), lambda s: grade(by_id[s]), late, save, 3600 * hours - (time.monotonic() - began), progress)[0]
+
+# %% ../nbs/60_submission.ipynb #96d1fd0b
 def predict(
     run_dir,                 # a finished run, or a folder of folds
     data_dir,                # the competition's folder, or any folder of DICOM files
@@ -245,8 +275,11 @@ def predict(
     limits: Limits=Limits(), # of a study
     ids_csv: str='',         # write here which UIDs the ids stand for
     threads: int=1,          # of torch in each worker; more only where this process has not computed with torch
+    budget_hours: float=0.,  # from now on, loading included; 0: no limit. Studies are then graded in this process
 ) -> pd.DataFrame:           # all rows
     "Grade every study of a folder with the networks of a run or of its folds; raises RunError or TableError where there is no run or no study."
+    if not budget_hours >= 0: raise TableError(f'a budget of {budget_hours} hours; it must be 0 (no limit) or more')
+    began = time.monotonic()
     manifests = [{s: read_manifest(run, s) for s in GRADING} for run in member_runs(run_dir)]
     found = find_studies(data_dir, progress)
     for note in found.notes: print(note, file=sys.stderr)
@@ -254,11 +287,13 @@ def predict(
     made_ready(folder, len(found.studies))
     if ids_csv and found.ids is None: raise TableError(f'{data_dir} is in the competition format, and its ids are those of its folders: there is no ids_csv to write')
     if ids_csv: write_ids(found.ids, ids_csv)
-    rows = pd.concat(graded(partial(grader, manifests, found.descriptions, device, strict, limits), found.studies, workers, seconds, threads, strict, progress), ignore_index=True)
-    write_results(rows, folder, names, MEAN_PROVENANCE if len(manifests) > 1 else PROVENANCE)
+    start, save = partial(grader, manifests, found.descriptions, device, strict, limits), partial(write_results, out=folder, names=names, columns=MEAN_PROVENANCE if len(manifests) > 1 else PROVENANCE)
+    if budget_hours: return in_budget(start(), found.studies, save, budget_hours, began, progress)
+    rows = pd.concat(graded(start, found.studies, workers, seconds, threads, strict, progress), ignore_index=True)
+    save(rows)
     return rows
 
-# %% ../nbs/60_submission.ipynb #6d360210
+# %% ../nbs/60_submission.ipynb #b4f136fd
 @call_parse
 def mscan_predict(
     run_dir: Param('a finished run, as mscan_run leaves it, or a folder of folds, as mscan_folds does', str, required=True)=None,
@@ -269,12 +304,13 @@ def mscan_predict(
     workers: Param('processes that grade, each with networks and one study in memory; 0: grade in this process', int)=1,
     seconds: Param('give a study up that takes longer; 0: never', float)=1800.,
     limits: Param('most of a study that is read, such as files=10000,mib=2048,slices=1000,megapixels=256 (the defaults)', str)='',
+    budget_hours: Param('write the fallback for all studies at once, then grade them while so many hours last; 0: no limit', float)=0.,
     ids_csv: Param('of a folder that is grouped by UIDs: write here which UID each short id stands for. It may lead to persons', str)='',
 ):
     "Grade every study of a folder with a finished run or those of all folds, and write submission.csv and provenance.csv."
     try:     # relative paths mean the caller's folder, as in the other commands
         rows = predict(*(Path(p).absolute() for p in (run_dir, data_dir, out)), device, strict, True, workers, seconds, Limits.of(limits),
-                       Path(ids_csv).absolute() if ids_csv else '', max(1, (os.cpu_count() or 1) // max(1, workers)))
+                       Path(ids_csv).absolute() if ids_csv else '', max(1, (os.cpu_count() or 1) // max(1, workers)), budget_hours)
     except (ValueError, RuntimeError, OSError) as e: sentence(e)      # RunError, TableError and WeightsError are ValueErrors
     except KeyboardInterrupt:
         print('mscan_predict: interrupted; nothing was written', file=sys.stderr)

@@ -70,10 +70,10 @@ FAULTS = {
     'no usable ImagePositionPatient': lambda f: edit(f, lambda ds: ds.__delattr__('ImagePositionPatient')),
     'no usable PixelSpacing': lambda f: edit(f, lambda ds: setattr(ds, 'PixelSpacing', None)),
     'perpendicular': lambda f: edit(f, lambda ds: setattr(ds, 'ImageOrientationPatient', [1, 0, 0, 1, 0, 0])),
-    'JPEG 2000': lambda f: edit(f, jpeg2000),
+    'cannot be decoded': lambda f: edit(f, jpeg2000),
     'no pixel data': lambda f: edit(f, lambda ds: ds.__delattr__('PixelData')),
     'not between 1 and': lambda f: edit(f, lambda ds: setattr(ds, 'Rows', 65535)),
-    'unusable header': lambda f: edit(f, lambda ds: setattr(ds, 'NumberOfFrames', ['1', '2'])),
+    'no usable NumberOfFrames': lambda f: edit(f, lambda ds: setattr(ds, 'NumberOfFrames', ['1', '2'])),
     'more than one frame': lambda f: edit(f, lambda ds: setattr(ds, 'NumberOfFrames', 5)),
 }
 

@@ -20,15 +20,15 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from mscan import files, runner, submission
+from mscan import files, runner
 from mscan.files import whole_files
 from mscan.prepare import cache_study, load_study, load_tables
-from mscan.rsna import PROBS, TableError, read_submission
+from mscan.rsna import TableError, read_submission
 from mscan.runs import RunError, Stage, listing_hash, read_manifest
 from mscan.submission import mscan_predict, predict, write_results
 from mscan.training import WeightsError, load_weights, save_weights
 from mscan.workers import pooled
-from predict_stubs import CANAL, install, results, stand_in_grade, stand_in_models, stand_in_run
+from predict_stubs import install, results, stand_in_grade, stand_in_models, stand_in_run
 
 ROOT = Path(__file__).resolve().parents[1]
 FORK = multiprocessing.get_context('fork')

@@ -10,66 +10,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from mscan.dicom import read_series
+from conftest import ENV, SMOKE, command, view_of
 from mscan.ladder import RUNGS
 from mscan.rsna import row_ids
 
 BIN = Path(sys.executable).parent
-ENV = os.environ | dict(OMP_NUM_THREADS='1', MPLBACKEND='Agg')   # two threads a process on two busy cores wait for each other for minutes
-pytestmark = pytest.mark.xdist_group('pipeline')                 # meant to keep the one run in one worker, which xdist 3.8 does not heed yet
-
-
-def command(name, *args, ok=True):
-    done = subprocess.run([BIN / name, *map(str, args)], capture_output=True, text=True, env=ENV)
-    assert (done.returncode == 0) == ok, done.stdout[-3000:] + done.stderr[-3000:]
-    return done
-
-
-SMOKE = ['--preset', 'smoke', '-p', 'view_dropout', '0.1',      # smoke's U-Net has learned nothing: most of its points meet no axial slice
-         '-p', '31_encoders.features', 'in_fold,oof', '-p', '31_encoders.parts', '2', '-p', '42_grading.features', 'oof', '-p', 'variants', 'sagittal_gru,mscan,mscan_oof',
-         '-p', '31_encoders.sides', 'true', '-p', '42_grading.model', 'bilateral', '-p', 'contrast_dropout', '0.5', '-p', '42_grading.views', '1']
-
-
-def view_of(folder): return read_series(folder, pixels=False).view
-
-
-@pytest.fixture(scope='module')
-def data(small_data, tmp_path_factory):
-    "The small phantom, with tables that list far more studies than there are images, and test studies broken in seven ways."
-    folder = tmp_path_factory.mktemp('pipeline') / 'data'
-    shutil.copytree(small_data, folder)
-    test = folder / 'test_images'
-    good = sorted(p.name for p in test.iterdir())[0]
-    descriptions = pd.read_csv(folder / 'test_series_descriptions.csv', dtype=str)
-    mine, broken = descriptions[descriptions.study_id == good], {}
-
-    def copy(number, change):
-        target = test / str(number)
-        shutil.copytree(test / good, target)
-        change(target)
-        broken[str(number)] = change.__name__
-        return mine.assign(study_id=str(number))
-
-    def without(view): return lambda d: [shutil.rmtree(p) for p in d.iterdir() if view_of(p) == view]
-    def no_sagittal_t2(d): without('sagittal_t2')(d)
-    def no_sagittal_t1(d): without('sagittal_t1')(d)
-    def no_axial(d): without('axial_t2')(d)
-    def zero_byte(d): next((p for p in d.iterdir() if view_of(p) == 'axial_t2')).joinpath('1.dcm').write_bytes(b'')
-    def truncated(d): f = sorted(next(p for p in d.iterdir() if view_of(p) == 'sagittal_t2').iterdir())[0]; f.write_bytes(f.read_bytes()[:-900])
-    def nothing_readable(d): [f.write_bytes(b'no') for f in d.glob('*/*')]
-    def empty_folder(d): shutil.rmtree(d); d.mkdir()
-    rows = [copy(101 + k, c) for k, c in enumerate((no_sagittal_t2, no_sagittal_t1, no_axial, zero_byte, truncated, nothing_readable, empty_folder))]
-    pd.concat([descriptions, *rows]).to_csv(folder / 'test_series_descriptions.csv', index=False)
-    train = pd.read_csv(folder / 'train.csv')
-    many = pd.concat([train, *[train.assign(study_id=train.study_id + k) for k in range(1, 40)]])
-    many.to_csv(folder / 'train.csv', index=False)
-    return folder, broken
-
-
-@pytest.fixture(scope='module')
-def run(data, tmp_path_factory):
-    run_dir = tmp_path_factory.mktemp('runs') / 'smoke'
-    return run_dir, command('mscan_run', '--data_dir', data[0], '--run_dir', run_dir, *SMOKE)
+pytestmark = pytest.mark.xdist_group('pipeline')    # meant to keep the one run in one worker, which xdist 3.8 does not heed yet
 
 
 def submission_of(folder): return pd.read_csv(folder / 'submission.csv').set_index('row_id'), pd.read_csv(folder / 'provenance.csv', keep_default_na=False).set_index('row_id')

@@ -1,0 +1,1 @@
+"What goes to Kaggle: see README.md here."
