@@ -4,10 +4,9 @@
 
 # %% auto #0
 __all__ = ['noted', 'read_tables', 'series_report', 'remarks_on', 'study_report', 'note_labels', 'read_examined', 'check_data',
-           'cache_study', 'load_study', 'prepare', 'write_quality', 'note_coverage', 'load_tables', 'sentence',
-           'quality_lines', 'mscan_check']
+           'cache_study', 'load_study', 'prepare', 'write_quality', 'note_coverage', 'load_tables', 'sentence']
 
-# %% ../nbs/10_prepare.ipynb #122b3c33
+# %% ../nbs/10_prepare.ipynb #a8700b3c
 import json
 import sys
 import warnings
@@ -16,7 +15,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
-from fastcore.script import Param, call_parse
 
 from .contents import examine, out_of_view
 from .dicom import Series, Study, read_study
@@ -286,40 +284,10 @@ def load_tables(
                            problems={r['study_id']: r['problems'] for r in quality['studies']},
                            by_study=dict(tuple(tables['slices'].groupby('study_id', sort=False))))
 
-# %% ../nbs/10_prepare.ipynb #f5eb4030
+# %% ../nbs/10_prepare.ipynb #53859d0b
 def sentence(
     error: BaseException,
 ):
     "End a command with one clear sentence and exit code 1."
     print(f'{Path(sys.argv[0]).name}: {error}', file=sys.stderr)
     sys.exit(1)
-
-
-def quality_lines(
-    report: dict,  # of `check_data`
-) -> list:         # lines for a terminal
-    "The quality report as a person reads it: a line a series, problems under their study."
-    lines = [f'note: {n}' for n in report['notes']]
-    for split in ('train', 'test'):
-        for r in report[split]:
-            lines.append(f"{split} study {r['study_id']}: {len(r['series'])} series" + ('' if not r['problems'] else f", {len(r['problems'])} problems"))
-            for s in r['series']:
-                stacks = f"{s['stacks']} stacks ({', '.join(map(str, s['stack_sizes']))})" if s['stacks'] > 1 else '1 stack'
-                lines.append(f"  {s['view']:<12}{s['series_id']:<12}{s['decodable']:>4} slices, {stacks}, instances {s['instance_order']}, "
-                             f"{'/'.join(s['shapes'])} at {s['pixel_spacing_mm'][0]:.2f} mm, {len(s['left_out'])} files left out")
-            lines += [f'  ! {p}' for p in r['problems']] + [f'  - {p}' for p in r['remarks']]
-    bad = sum(bool(r['problems']) for s in ('train', 'test') for r in report[s])
-    return lines + [f"{len(report['train'])} train and {len(report['test'])} test studies read, {bad} with problems"]
-
-
-@call_parse
-def mscan_check(
-    data_dir: Param('folder in the competition format', str, required=True)=None,
-    json_file: Param('write the whole report here as JSON', str)='',
-    workers: Param('processes', int)=2,
-):
-    "Say what is in a data folder, per study and series: stacks, order, shapes, decodable or not, what is missing."
-    try: report = check_data(data_dir, workers)
-    except (TableError, OSError) as e: sentence(e)
-    print('\n'.join(quality_lines(report)))
-    if json_file: Path(json_file).write_text(json.dumps(report, indent=1), encoding='utf-8')
