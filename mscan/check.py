@@ -126,7 +126,7 @@ def decisions(
         out.append(dict(series_id=series_id, view=found[series_id]['said'] if series_id in found else tables.get(series_id, ''), use='left out', why=say(reason.removeprefix(f'series {series_id}').lstrip(': ')), said=described(on_disk[series_id]) if on_disk.get(series_id) else '', slices=0, left_out=[]))
     return out
 
-# %% ../nbs/11_check.ipynb #c3f41754
+# %% ../nbs/11_check.ipynb #4a12ba73
 def label_sentences(
     study: Study, job,
 ) -> list:              # sentences
@@ -148,7 +148,9 @@ def label_sentences(
 def read_job(job):
     "The study of a job and what was found about its series. Raises Refused, TableError."
     if not job.found: return read_examined(job.data_dir, job.split, job.study_id, job.descriptions, always=True)
-    return examine(read_found(job.found), always=True)
+    study = read_found(job.found)
+    named = {s.series_id for s in study.series if not any(p.startswith(f'series {s.series_id}: ') and 'assumed' in p for p in study.problems)}   # as mscan_predict does
+    return examine(study, None, named, always=True)
 
 
 def study_record(
@@ -171,7 +173,7 @@ def study_record(
     tables = {} if job.descriptions is None else dict(zip(job.descriptions.series_id, job.descriptions['view'], strict=True))
     return dict(study_id=job.study_id, split=job.split, severity=worst(flags), flags=flags, series=decisions(study, report, on_disk, tables, say), problems=problems, remarks=remarks, findings=report['findings'], pictures=pictures)
 
-# %% ../nbs/11_check.ipynb #b0cbd79d
+# %% ../nbs/11_check.ipynb #67ac5824
 VERSION = 1   # of the records and of check.json: raised when a key changes its meaning
 
 
@@ -185,13 +187,13 @@ def listing(
     job,
 ) -> list:   # (name, size, time of change) of its files
     "What the files of a study look like from outside."
-    if job.found and not job.found.folder: files = [Path(f) for fs in job.found.series.values() for f in fs]
-    else: files = [Path(at) / n for at, _, names in os.walk(Path(job.data_dir) / f'{job.split}_images' / job.study_id) for n in names]
-    rows = []
+    if job.found: files = [os.path.abspath(f) for fs in job.found.series.values() for f in fs]
+    else: files = [os.path.join(at, n) for at, _, names in os.walk(os.path.abspath(Path(job.data_dir) / f'{job.split}_images' / job.study_id)) for n in names]
+    top, rows = os.path.commonpath(files) if len(files) > 1 else '', []       # a folder that is moved keeps its records
     for f in files:
-        try: stat = f.stat()
+        try: stat = os.stat(f)
         except OSError: stat = SimpleNamespace(st_size=-1, st_mtime_ns=0)
-        rows.append((os.fsencode(f).decode('utf-8', 'backslashreplace'), stat.st_size, stat.st_mtime_ns))
+        rows.append((os.fsencode(os.path.relpath(f, top) if top else os.path.basename(f)).decode('utf-8', 'backslashreplace'), stat.st_size, stat.st_mtime_ns))
     return sorted(rows)
 
 
@@ -199,7 +201,7 @@ def job_key(job, code: str) -> str:
     "Changes with whatever the record of a study depends on."
     tables = [t.to_csv(index=False) if t is not None else '' for t in (job.descriptions, job.points, job.labels)]
     refused = job.found.refused if job.found else ''
-    return hashlib.sha256(json.dumps([VERSION, code, job.split, job.study_id, job.pictures, listing(job), tables, refused]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([VERSION, code, job.split, job.study_id, listing(job), tables, refused]).encode()).hexdigest()
 
 
 def stored(
@@ -209,7 +211,7 @@ def stored(
     "The record of a study from the cache, if nothing has changed."
     try:
         kept = json.loads(Path(job.cache).read_text(encoding='utf-8'))
-        if kept['key'] != job.key: return None
+        if kept['key'] != job.key or job.pictures and not kept['pictures']: return None
         return kept['record'] if pictures else kept['record'] | dict(pictures=[])
     except (OSError, ValueError, KeyError, TypeError): return None
 
@@ -219,7 +221,7 @@ def check_job(job):
     try: record = study_record(job)
     except Exception as e: record = failed(job, f'the check itself failed ({type(e).__name__})')
     if job.cache:
-        with whole_files(job.cache) as (half,): half.write_text(json.dumps(dict(key=job.key, record=record)), encoding='utf-8')
+        with whole_files(job.cache) as (half,): half.write_text(json.dumps(dict(key=job.key, pictures=job.pictures, record=record)), encoding='utf-8')
     return record | dict(pictures=[])
 
 
