@@ -7,7 +7,7 @@ __all__ = ['SEQUENCE', 'VERSION', 'KEYS', 'SMALL', 'job_of', 'jobs_of', 'sequenc
            'label_sentences', 'read_job', 'study_record', 'code_key', 'listing', 'job_key', 'stored', 'check_job',
            'failed', 'check_studies', 'summed', 'check', 'text_lines', 'mscan_check']
 
-# %% ../nbs/11_check.ipynb #f7254ff6
+# %% ../nbs/11_check.ipynb #474a24a8
 import hashlib
 import json
 import os
@@ -28,7 +28,7 @@ from .contents import examine, out_of_view
 from .dicom import Study
 from .files import whole_files
 from .flags import SEVERITIES, count_flags, discreet, flags_of, odd_series, urgency, worst
-from .folders import Found, Refused, find_studies, read_found, write_ids
+from .folders import Refused, find_studies, read_found, write_ids
 from .mirror import conventional, stored_reversed
 from .page import page_of, plural
 from .points import clean_points, slice_rows
@@ -173,7 +173,7 @@ def study_record(
     tables = {} if job.descriptions is None else dict(zip(job.descriptions.series_id, job.descriptions['view'], strict=True))
     return dict(study_id=job.study_id, split=job.split, severity=worst(flags), flags=flags, series=decisions(study, report, on_disk, tables, say), problems=problems, remarks=remarks, findings=report['findings'], pictures=pictures)
 
-# %% ../nbs/11_check.ipynb #67ac5824
+# %% ../nbs/11_check.ipynb #071f0bb5
 VERSION = 1   # of the records and of check.json: raised when a key changes its meaning
 
 
@@ -203,7 +203,7 @@ def job_key(job, code: str) -> str:
     refused = job.found.refused if job.found else ''
     return hashlib.sha256(json.dumps([VERSION, code, job.split, job.study_id, listing(job), tables, refused]).encode()).hexdigest()
 
-
+# %% ../nbs/11_check.ipynb #e76bcb79
 def stored(
     job,
     pictures: bool=False,  # hand the pictures out too

@@ -277,7 +277,7 @@ def stubs(monkeypatch, tmp_path):
     def read_found(found, descriptions, limits):
         note.read.append(found.study_id)
         if found.study_id in note.unreadable: raise OSError('disk is gone')
-        return Study(found.study_id, [f'series of {found.study_id}'])
+        return Study(found.study_id, [SimpleNamespace(series_id=f'series of {found.study_id}')])
 
     def normalise(series, low, high):
         note.normalised.append((low, high))
