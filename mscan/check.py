@@ -230,13 +230,13 @@ def failed(job, why: str) -> dict:
     flags = flags_of(([why], 'ungraded'))
     return dict(study_id=job.study_id, split=job.split, severity='ungraded', flags=flags, series=[], problems=[why], remarks=[], findings=[], pictures=[])
 
-# %% ../nbs/11_check.ipynb #9a76affc
+# %% ../nbs/11_check.ipynb #3f5e4e94
 KEYS = dict(format='mscan_check', version='of this file; a key keeps its meaning within a version', title='the folder, where it is in the competition format', keys='what each key means',
             notes='sentences about the folder as a whole', summary='studies, series, severities (studies of each), flags (code, severity, studies, flags)',
             train='studies to train on', test='studies to grade, or of any folder of DICOM files',
             study='study_id, split, rank (0: most urgent), severity (the worst of its flags, or fine), flags, series, problems, remarks (sentences as reading gave them), findings (decisions about what series show)',
             flag='code, severity (ungraded, left out, look, info: worst first), series_id (empty: of the study), sentence',
-            series='series_id, view, use (used, in reserve, left out), why, said (words of its header about the sequence), left_out (reason, files); of those that could be read: slices, stacks, stack_sizes, instance_order, shapes, pixel_spacing_mm, decodable')
+            series='series_id, view, use (used, in reserve, left out), why, said (words of its header about the sequence), left_out (reason, files); of those that could be read: slices, stacks, stack_sizes, instance_order, instance_first, instance_last, instance_gaps, instance_twice, shapes, pixel_spacing_mm, decodable')
 
 
 def check_studies(
