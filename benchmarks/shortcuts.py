@@ -120,8 +120,9 @@ def datasets(folder, views, view):
     for place in sorted(Path(folder).iterdir()):
         if views.get(place.name) != view: continue
         for file in sorted(place.iterdir(), key=lambda f: f.stem.zfill(12)):
-            try: yield file, dicom.read_header(file)['dataset']
+            try: dicom.read_header(file)
             except dicom.DicomError: continue
+            yield file, pydicom.dcmread(file)                             # as a file, to be written again
 
 
 def plant_spacing(folder, views, worst, strength):

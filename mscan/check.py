@@ -7,7 +7,7 @@ __all__ = ['SEQUENCE', 'VERSION', 'KEYS', 'SMALL', 'job_of', 'jobs_of', 'sequenc
            'label_sentences', 'read_job', 'study_record', 'code_key', 'listing', 'job_key', 'stored', 'check_job',
            'failed', 'check_studies', 'summed', 'check', 'text_lines', 'mscan_check']
 
-# %% ../nbs/11_check.ipynb #f7254ff6
+# %% ../nbs/11_check.ipynb #474a24a8
 import hashlib
 import json
 import os
@@ -28,7 +28,7 @@ from .contents import examine, out_of_view
 from .dicom import Study
 from .files import whole_files
 from .flags import SEVERITIES, count_flags, discreet, flags_of, odd_series, urgency, worst
-from .folders import Found, Refused, find_studies, read_found, write_ids
+from .folders import Refused, find_studies, read_found, write_ids
 from .mirror import conventional, stored_reversed
 from .page import page_of, plural
 from .points import clean_points, slice_rows
@@ -173,7 +173,7 @@ def study_record(
     tables = {} if job.descriptions is None else dict(zip(job.descriptions.series_id, job.descriptions['view'], strict=True))
     return dict(study_id=job.study_id, split=job.split, severity=worst(flags), flags=flags, series=decisions(study, report, on_disk, tables, say), problems=problems, remarks=remarks, findings=report['findings'], pictures=pictures)
 
-# %% ../nbs/11_check.ipynb #67ac5824
+# %% ../nbs/11_check.ipynb #071f0bb5
 VERSION = 1   # of the records and of check.json: raised when a key changes its meaning
 
 
@@ -203,7 +203,7 @@ def job_key(job, code: str) -> str:
     refused = job.found.refused if job.found else ''
     return hashlib.sha256(json.dumps([VERSION, code, job.split, job.study_id, listing(job), tables, refused]).encode()).hexdigest()
 
-
+# %% ../nbs/11_check.ipynb #e76bcb79
 def stored(
     job,
     pictures: bool=False,  # hand the pictures out too
@@ -230,13 +230,13 @@ def failed(job, why: str) -> dict:
     flags = flags_of(([why], 'ungraded'))
     return dict(study_id=job.study_id, split=job.split, severity='ungraded', flags=flags, series=[], problems=[why], remarks=[], findings=[], pictures=[])
 
-# %% ../nbs/11_check.ipynb #0e85b430
+# %% ../nbs/11_check.ipynb #3f5e4e94
 KEYS = dict(format='mscan_check', version='of this file; a key keeps its meaning within a version', title='the folder, where it is in the competition format', keys='what each key means',
             notes='sentences about the folder as a whole', summary='studies, series, severities (studies of each), flags (code, severity, studies, flags)',
             train='studies to train on', test='studies to grade, or of any folder of DICOM files',
             study='study_id, split, rank (0: most urgent), severity (the worst of its flags, or fine), flags, series, problems, remarks (sentences as reading gave them), findings (decisions about what series show)',
             flag='code, severity (ungraded, left out, look, info: worst first), series_id (empty: of the study), sentence',
-            series='series_id, view, use (used, in reserve, left out), why, said (words of its header about the sequence), left_out (reason, files); of those that could be read: slices, stacks, stack_sizes, shapes, pixel_spacing_mm (rows, columns), decodable (slices), instance_order, instance_first, instance_last, instance_gaps, instance_twice (of the instance numbers)')
+            series='series_id, view, use (used, in reserve, left out), why, said (words of its header about the sequence), left_out (reason, files); of those that could be read: slices, stacks, stack_sizes, instance_order, instance_first, instance_last, instance_gaps, instance_twice, shapes, pixel_spacing_mm, decodable')
 
 
 def check_studies(

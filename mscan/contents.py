@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PLANES', 'MAX_TILT_DEG', 'GRID_MM', 'BAND_MM', 'FLANK_MM', 'TALL_MM', 'BESIDE_MM', 'EDGE_MM', 'WIDE_MM', 'MIDDLES',
            'WEIGHTS', 'OFFSET', 'SURE', 'PAIR_SURE', 'SPOT_MM', 'ROUND_MM', 'AXIAL_SLICES', 'SPOT_T2', 'SPOT_T1',
-           'APART', 'SHOWN', 'LOCALISER', 'SENTENCES', 'NEAR_MM', 'BORDER_MM', 'STEP_MM', 'NECK_MM', 'series_plane',
-           'ridges', 'seams', 'seam_maps', 't2_evidence', 't2_log_odds', 'axial_spot', 'contrast_named',
+           'APART', 'SHOWN', 'LESS', 'LOCALISER', 'SENTENCES', 'NEAR_MM', 'BORDER_MM', 'STEP_MM', 'NECK_MM',
+           'series_plane', 'ridges', 'seams', 'seam_maps', 't2_evidence', 't2_log_odds', 'axial_spot', 'contrast_named',
            'header_contrast', 'contrast_votes', 'parts_apart', 'examine', 'coverage', 'out_of_view', 'level_doubts']
 
 # %% ../nbs/091_contents.ipynb #3f05b3d5
@@ -198,6 +198,7 @@ def contrast_votes(
 # %% ../nbs/091_contents.ipynb #fcfc4946
 APART = .4        # of its height by which the middles of two sagittal series differ, if they show different parts
 SHOWN = .5        # share of the axial slices that a sagittal series of the same part shows at least
+LESS = .2         # ... and by how much less a series shows of them, if its middle lies apart as well
 LOCALISER = 4     # a series of so few slices, or fewer, is no witness
 
 
@@ -217,7 +218,7 @@ def parts_apart(
     if not middles: return votes
     shown = np.array([contains(plane_of(s, len(s) // 2), np.concatenate(middles)).mean() for s in sagittal])
     if (shown < SHOWN).all(): return [None if (shown < SHOWN / 2).all() or not near.all() else False] * len(sagittal)
-    return [bool(v < SHOWN and not near[i, shown.argmax()]) for i, v in enumerate(shown)]
+    return [bool(v < shown.max() - LESS and not near[i, shown.argmax()]) for i, v in enumerate(shown)]
 
 # %% ../nbs/091_contents.ipynb #b333e8ca
 def _no_series(study): return [f"no {'axial' if 'axial' in v else 'sagittal'} {v[-2:].upper()} series" for v in VIEWS.values() if not study.of(v)]

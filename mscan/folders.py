@@ -6,11 +6,12 @@
 __all__ = ['ID_DIGITS', 'walk', 'short_ids', 'Found', 'group_key', 'group_files', 'Refused', 'Limits', 'beyond', 'series_files',
            'views_of', 'lay_out', 'read_found', 'find_studies', 'write_ids']
 
-# %% ../nbs/021_folders.ipynb #16b17c4a
+# %% ../nbs/021_folders.ipynb #bb369b03
 import hashlib
 import os
 import re
 import tempfile
+import warnings
 from collections import Counter
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -213,7 +214,7 @@ def read_found(
         study = read_study(place, 'test', found.study_id, table)
     return replace(study, problems=problems + study.problems)
 
-# %% ../nbs/021_folders.ipynb #6d779c75
+# %% ../nbs/021_folders.ipynb #c1616b3d
 def find_studies(
     data_dir,
     progress: bool=True,
@@ -225,16 +226,19 @@ def find_studies(
         grouped = group_files(data_dir, progress)
         if not grouped.studies: raise TableError(f"{data_dir} has no study: neither a folder test_images nor any DICOM file ({'; '.join(grouped.notes) or 'it is empty'})")
         return SimpleNamespace(descriptions=None, **vars(grouped))
-    names, table, notes = discover_studies(data_dir, 'test'), data_dir / 'test_series_descriptions.csv', []
-    if not names: raise TableError(f'{data_dir} has no study in test_images/')
+    table, notes = data_dir / 'test_series_descriptions.csv', []
+    with warnings.catch_warnings(action='ignore'): names = discover_studies(data_dir, 'test')          # it passes over names that cannot be ids; here no study is
+    with os.scandir(data_dir / 'test_images') as listed: odd = {e.name for e in listed if e.is_dir() and not e.name.startswith(('.', '__'))} - set(names)
+    if odd: notes.append(f'{len(odd)} study folders have a name that cannot be an id: a short id stands for each')
+    if not names and not odd: raise TableError(f'{data_dir} has no study in test_images/')
     try: descriptions = read_descriptions(table) if table.exists() else None
     except (TableError, OSError) as e: descriptions = None; notes.append(f'{e}: views are decided from headers')
     if descriptions is None: notes.append(f'no usable {table.name}: views are decided from headers')
     else:
         absent = set(descriptions.study_id) - set(names)
         if absent: notes.append(f'{table.name} lists {len(absent)} studies without images: left out')
-    plain = lambda n: n if n.isprintable() and n == n.strip() else short_ids([n])[n]       # a row is named after it
-    return SimpleNamespace(studies=[Found(plain(n), str(data_dir / 'test_images' / n)) for n in names], notes=notes, descriptions=descriptions, ids=None)
+    ids = {n: n for n in names} | short_ids(odd)
+    return SimpleNamespace(studies=[Found(i, str(data_dir / 'test_images' / n)) for n, i in ids.items()], notes=notes, descriptions=descriptions, ids=None)
 
 
 def write_ids(

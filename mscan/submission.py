@@ -169,7 +169,7 @@ def predict_study(
         print(f'study {found.study_id} falls back: {discreet(e)}', file=sys.stderr)
         return fallback_rows(found.study_id, [models], discreet(e))
 
-# %% ../nbs/60_submission.ipynb #0a826467
+# %% ../nbs/60_submission.ipynb #73063bed
 def predict_found(
     found: Found, descriptions,
     members: list,       # of `load_models`, one for each run
@@ -191,9 +191,10 @@ def grader(
     manifests: list,     # of each run: stage -> Manifest
     descriptions, device: str, strict: bool, limits: Limits,
 ):                       # Found -> rows
-    "What a worker starts with: the networks of all runs, loaded."
+    "What a worker starts with: the networks of all runs, loaded. Raises RunError for a run of another version."
     from mscan.training import pick_device
-    members = [load_models(m, pick_device(device)) for m in manifests]
+    try: members = [load_models(m, pick_device(device)) for m in manifests]
+    except (KeyError, AttributeError) as e: raise RunError(f'the run does not say {e}, so another version of mscan made it: run its stages again with this one') from None
     return partial(predict_found, descriptions=descriptions, members=members, strict=strict, limits=limits)
 
 # %% ../nbs/60_submission.ipynb #a2bce7f1

@@ -21,7 +21,7 @@ def stand_in_run(folder) -> Path:
 
 
 def stand_in_models(*_):
-    return SimpleNamespace(low=.5, high=99.5, conditions=[CANAL], view_dropout=0., prior=prior_table(pd.DataFrame(columns=['condition', 'level', 'grade'])))
+    return SimpleNamespace(low=.5, high=99.5, conditions=[CANAL], view_dropout=0., conditional=None, prior=prior_table(pd.DataFrame(columns=['condition', 'level', 'grade'])))
 
 
 def stand_in_grade(study, models):

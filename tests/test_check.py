@@ -12,7 +12,6 @@ import time
 import tracemalloc
 from dataclasses import replace
 from html.parser import HTMLParser
-from pathlib import Path
 
 import numpy as np
 import pandas as pd

@@ -159,7 +159,7 @@ def plant(folder):
         d.SeriesDescription = f"{d.get('SeriesDescription', '')} Zwickmueller"
         d.save_as(f)
     broken = sorted(Path(folder).glob('*_images/*/*/*.dcm'))[:8]
-    for k, (word, value) in enumerate((('ImagePositionPatient', 'Zwickmueller'), ('PixelSpacing', 'Quendoline'), ('InstanceNumber', 'ACC77123'), ('Rows', '19371103'), ('RescaleSlope', 'Zwickmueller'), ('ImageOrientationPatient', '19371103'))):
+    for k, (word, value) in enumerate((('ImagePositionPatient', 'Zwickmueller'), ('PixelSpacing', 'Quendoline'), ('InstanceNumber', 'ACC77123'), ('Columns', 'Quendoline'), ('RescaleSlope', 'Zwickmueller'), ('ImageOrientationPatient', '19371103'))):
         d = pydicom.dcmread(broken[k])
         tag = pydicom.datadict.tag_for_keyword(word)
         d.pop(tag, None)

@@ -130,7 +130,7 @@ def test_strict_raises_for_a_killed_worker(data, run, monkeypatch, tmp_path):
 
 
 def test_networks_that_cannot_be_loaded_are_an_error_and_not_700_fallbacks(data, run, monkeypatch, tmp_path):
-    for load, error, word in ((raising(WeightsError('sha256 differs')), WeightsError, 'sha256'), (lambda *_: die(), RuntimeError, 'could not start')):
+    for load, error, word in ((raising(WeightsError('sha256 differs')), WeightsError, 'sha256'), (lambda *_: die(), RuntimeError, 'could not start'), (raising(KeyError('contrast_dropout')), RunError, 'another version')):
         install(monkeypatch, load=load)
         with pytest.raises(error, match=word): predict(run, data, tmp_path, 'cpu', progress=False, workers=2)
     assert not list(tmp_path.iterdir())

@@ -13,14 +13,14 @@ import pytest
 import torch
 from torch import nn
 
-from mscan import bilateral, dicom, encoders, foramina, mirror, prepare, recesses, sidecrops, sidegrading, submission
+from mscan import bilateral, dicom, encoders, foramina, mirror, points, prepare, recesses, sidecrops, sidegrading, submission
 from mscan.crops import AxialPointNet
 from mscan.geometry import plane_distances
 from mscan.grading import grade_study
 from mscan.images import Preprocess
 from mscan.levels import pick_slices, with_keypoints
 from mscan.phantom import make_phantom
-from mscan.rsna import CONDITIONS, LEVELS, PROBS
+from mscan.rsna import CONDITIONS, LEVELS, PROBS, read_descriptions
 from mscan.sides import Sides
 from test_mirror import restore_folder
 from test_pipeline import store_mirrored
@@ -103,7 +103,7 @@ def disk(tmp_path_factory):
     return SimpleNamespace(**folders)
 
 
-def read(folder): return submission.read_normalised(folder.dir, '1', None, .5, 99.5)
+def read(folder): return submission.read_normalised(folder.dir, '1', read_descriptions(folder.dir / 'test_series_descriptions.csv'), .5, 99.5)
 
 
 def answers(folder):
@@ -140,7 +140,7 @@ def check_the_mirrored_study_is_what_its_files_hold(disk):
 
 
 def check_labels_lie_on_the_same_anatomy_however_stored(disk):
-    a, b = (prepare.clean_points(table.points, rows, []) for table, rows in map(slices_and_labels, (disk.plain, disk.again)))
+    a, b = (prepare.clean_points(table.points, rows, table.labels, []) for table, rows in map(slices_and_labels, (disk.plain, disk.again)))
     a, b = (t[0].sort_values(['condition', 'level', 'series_id']).reset_index(drop=True) for t in (a, b))
     assert len(a) == len(b) >= 20 and (a[['condition', 'level', 'slice_i']] == b[['condition', 'level', 'slice_i']]).all(axis=None) and np.abs(a[XYZ] - b[XYZ]).max(axis=None) < CLOSE
 
@@ -288,8 +288,8 @@ MUTANTS = {  # name: (seams, each (owner, function, what it does instead), the c
     'labels of a flipped window unswapped': ([(recesses.RecessSet, '__getitem__', unswapped_window)], 'check_mirrored_windows_keep_the_patients_left_to_the_right'),
     'labels of a flipped crop unswapped': ([(encoders, 'other_side', lambda real, conditions: list(range(len(conditions))))], 'check_mirrored_crops_have_the_grades_of_the_other_side'),
     'labels of the right side unswapped': ([(sidegrading.SideSet, '__getitem__', unswapped_example)], 'check_the_right_example_is_the_left_one_of_the_mirrored_patient'),
-    'labels left in the columns they were stored in': ([(prepare, 'locate_points', lambda real, points, slices: real(points, slices.assign(x_reversed=False)))], LABELS_FAIL),
-    'label numbers taken as places': ([(prepare, 'locate_points', lambda real, points, slices: real(points, slices.assign(instance_number=slices.slice_i + 1)))], LABELS_FAIL),
+    'labels left in the columns they were stored in': ([(points, 'locate_points', lambda real, points, slices: real(points, slices.assign(x_reversed=False)))], LABELS_FAIL),
+    'label numbers taken as places': ([(points, 'locate_points', lambda real, points, slices: real(points, slices.assign(instance_number=slices.slice_i + 1)))], LABELS_FAIL),
     'side from instance order': ([(foramina, 'lateral_mm', numbered)], STORED_FAILS),
     'slices in instance order': ([(dicom, 'read_series', sorted_by_number)], STORED_FAILS),
     'stored columns flipped without their geometry': ([(mirror, 'turned', pixels_alone)], STORED_FAILS),

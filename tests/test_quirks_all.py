@@ -17,7 +17,7 @@ from mscan.rsna import row_ids
 
 BIN = Path(sys.executable).parent
 ENV = os.environ | dict(OMP_NUM_THREADS='1', MPLBACKEND='Agg')
-KIND = dict(seed=23, size='small', workers=2, progress=False, transitional=0.)
+KIND = dict(seed=42, size='small', workers=2, progress=False, transitional=0.)
 STAGES = '10_prepare,20_keypoints,21_projection,22_sides,30_crops,31_encoders,40_levels,42_grading'
 SMOKE = ['--preset', 'smoke', '--stages', STAGES, '-p', 'view_dropout', '0.1', '-p', '31_encoders.sides', 'true', '-p', '42_grading.model', 'bilateral']
 HARMLESS = {'number_gaps', 'numbers_mixed', 'monochrome1', 'signed_pixels', 'rescale_slope', 'no_thickness'}   # the same patient, stored otherwise
@@ -44,8 +44,8 @@ def planted(truth):
 def world(tmp_path_factory):
     "The same patients with every quirk and with none, a run trained on the former, and its answers for the test studies of both."
     root = tmp_path_factory.mktemp('quirks')
-    make_phantom(root / 'all', 16, 24, quirks='all', **KIND)
-    make_phantom(root / 'none', 0, 24, quirks='none', **KIND)
+    make_phantom(root / 'all', 10, 16, quirks='all', **KIND)
+    make_phantom(root / 'none', 0, 16, quirks='none', **KIND)
     command('mscan_run', '--data_dir', root / 'all', '--run_dir', root / 'run', *SMOKE)
     answers = {}
     for name in ('all', 'none'):
@@ -62,7 +62,7 @@ def by_study(answers): return {s: t.to_numpy() for s, t in answers.groupby(answe
 def test_25_finite_rows_for_every_study(world):
     root, answers, _, _ = world
     studies = sorted((p.name for p in (root / 'all' / 'test_images').iterdir()), key=lambda s: (len(s), s))
-    assert len(studies) == 24 and list(answers['all'].index) == row_ids(studies)
+    assert len(studies) == 16 and list(answers['all'].index) == row_ids(studies)
     p = answers['all'].to_numpy()
     assert np.isfinite(p).all() and np.allclose(p.sum(1), 1, atol=1e-6)
 
