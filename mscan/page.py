@@ -71,7 +71,7 @@ text.oninput=kind.onchange=show;order.onchange=sort;$('#clear').onclick=clear;$(
 '''
 POLICY = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()}'"
 
-# %% ../nbs/112_page.ipynb #f438206a
+# %% ../nbs/112_page.ipynb #4f9b7c39
 def _class(severity): return severity.replace(' ', '')
 def _badge(severity): return f'<span class="badge {_class(severity)}">{escape(severity)}</span>'
 def plural(n, word): return f'{n:,} {word if n == 1 else {"study": "studies", "series": "series"}.get(word, word + "s")}'
@@ -84,7 +84,7 @@ def shorter(text: str) -> str:
     "The beginning of a sentence, the whole of it where the pointer rests, as HTML."
     return escape(text) if len(text) <= SHORT else f'<span title="{escape(text)}">{escape(text[:SHORT - 1].rstrip())}…</span>'
 
-
+# %% ../nbs/112_page.ipynb #66b71717
 def series_table(
     series: list,   # of a study's record
 ) -> str:           # HTML
