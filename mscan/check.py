@@ -7,7 +7,7 @@ __all__ = ['SEQUENCE', 'VERSION', 'KEYS', 'SMALL', 'job_of', 'jobs_of', 'sequenc
            'label_sentences', 'read_job', 'study_record', 'code_key', 'listing', 'job_key', 'stored', 'check_job',
            'failed', 'check_studies', 'summed', 'check', 'text_lines', 'mscan_check']
 
-# %% ../nbs/11_check.ipynb #474a24a8
+# %% ../nbs/11_check.ipynb #23032a26
 import hashlib
 import json
 import os
@@ -24,15 +24,15 @@ from fastcore.script import Param, call_parse
 from tqdm.auto import tqdm
 
 import mscan
-from .contents import examine, out_of_view
+from .contents import out_of_view
 from .dicom import Study
 from .files import whole_files
 from .flags import SEVERITIES, count_flags, discreet, flags_of, odd_series, urgency, worst
-from .folders import Refused, find_studies, read_found, write_ids
+from .folders import Refused, find_studies, write_ids
 from .mirror import conventional, stored_reversed
 from .page import page_of, plural
 from .points import clean_points, slice_rows
-from .prepare import read_examined, read_tables, sentence, study_report
+from .prepare import read_any, read_examined, read_tables, sentence, study_report
 from .rsna import LEVELS, TableError
 from .thumbnails import pictures_of
 from .workers import Lost, Same, guarded
@@ -126,7 +126,7 @@ def decisions(
         out.append(dict(series_id=series_id, view=found[series_id]['said'] if series_id in found else tables.get(series_id, ''), use='left out', why=say(reason.removeprefix(f'series {series_id}').lstrip(': ')), said=described(on_disk[series_id]) if on_disk.get(series_id) else '', slices=0, left_out=[]))
     return out
 
-# %% ../nbs/11_check.ipynb #4a12ba73
+# %% ../nbs/11_check.ipynb #38970c45
 def label_sentences(
     study: Study, job,
 ) -> list:              # sentences
@@ -147,10 +147,8 @@ def label_sentences(
 
 def read_job(job):
     "The study of a job and what was found about its series. Raises Refused, TableError."
-    if not job.found: return read_examined(job.data_dir, job.split, job.study_id, job.descriptions, always=True)
-    study = read_found(job.found)
-    named = {s.series_id for s in study.series if not any(p.startswith(f'series {s.series_id}: ') and 'assumed' in p for p in study.problems)}   # as mscan_predict does
-    return examine(study, None, named, always=True)
+    if job.found: return read_any(job.found, always=True)
+    return read_examined(job.data_dir, job.split, job.study_id, job.descriptions, always=True)
 
 
 def study_record(

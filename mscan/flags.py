@@ -149,9 +149,9 @@ def odd_series(
             if not seen: out.append(f'series {s.series_id}: its slices do not cross the sagittal pictures')
     return out
 
-# %% ../nbs/110_flags.ipynb #f4316650
+# %% ../nbs/110_flags.ipynb #7134237f
 UID = r'\d+(?:\.\d+){4,}'   # numbers joined by points; five and more are no version and no measure
-PATH = r"""(?<![\w.])(?:[A-Za-z]:)?[/\\][^\s'",;)]*[/\\][^\s'",;)]*"""   # from the root, with a folder in it
+PATH = r"""(['"])(?:(?!\1).)*[/\\](?:(?!\1).)*\1|(?<![\w.])(?:[A-Za-z]:)?[/\\][^\s'",;)]*[/\\][^\s'",;)]*"""   # in quotes, blanks and all; or from the root, with a folder in it
 LONGEST = 300               # characters of a sentence
 
 

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['ID_DIGITS', 'walk', 'short_ids', 'Found', 'group_key', 'group_files', 'Refused', 'Limits', 'beyond', 'series_files',
-           'views_of', 'lay_out', 'read_found', 'find_studies', 'write_ids']
+           'views_of', 'lay_out', 'read_found', 'file_of', 'find_studies', 'write_ids']
 
-# %% ../nbs/021_folders.ipynb #bb369b03
+# %% ../nbs/021_folders.ipynb #0b7bb5bb
 import hashlib
 import os
 import re
@@ -214,7 +214,19 @@ def read_found(
         study = read_study(place, 'test', found.study_id, table)
     return replace(study, problems=problems + study.problems)
 
-# %% ../nbs/021_folders.ipynb #c1616b3d
+# %% ../nbs/021_folders.ipynb #4c33b4a0
+def file_of(
+    found: Found,
+    series_id: str,
+    name: str,       # of `mscan.dicom.Series.files`
+) -> Path:
+    "The file on disk that a slice was read from, whichever way its study was read."
+    place = Path(found.folder) / series_id if found.folder else None
+    if place and (place / name).is_file(): return place / name
+    if re.match(r'\d{5}_', name): return Path(series_files(found, Limits())[series_id][int(name[:5])])   # a link of `lay_out`
+    return next(p for p in sorted(place.rglob(name)) if p.is_file())                                     # a folder within the series' folder
+
+# %% ../nbs/021_folders.ipynb #8fcc9238
 def find_studies(
     data_dir,
     progress: bool=True,

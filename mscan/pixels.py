@@ -109,11 +109,12 @@ def inflate(
     if len(unpacked) > MAX_FILE: raise DicomError(f'deflated data unpack to more than {MAX_FILE // 2 ** 20} MiB')
     return unpacked
 
-# %% ../nbs/007_pixels.ipynb #efc6e9b3
+# %% ../nbs/007_pixels.ipynb #c84cef6f
 def parse(
     data: bytes,       # of one file
     pixels: bool=True, # False: stop before the pixels
-) -> Dataset:          # with the elements in WANTED that are there, not yet interpreted, and file_meta
+    tags: list=TAGS,   # elements that are kept
+) -> Dataset:          # with those of them that are there, not yet interpreted, and file_meta
     "The header of one file; raises DicomError with a sentence where there is none."
     stream = Counted(data)
     try:
@@ -122,7 +123,7 @@ def parse(
         syntax = meta.get('TransferSyntaxUID')
         if not syntax or not isinstance(syntax, UID): raise DicomError('no transfer syntax in the file meta group')
         if syntax == DeflatedExplicitVRLittleEndian: stream = Counted(inflate(stream.read()))
-        dataset = read_dataset(stream, syntax.is_implicit_VR, syntax.is_little_endian, specific_tags=TAGS,
+        dataset = read_dataset(stream, syntax.is_implicit_VR, syntax.is_little_endian, specific_tags=tags,
                                stop_when=lambda tag, vr, length: tag > PIXELS or (tag == PIXELS and not pixels))
     except DicomError: raise
     except Exception as e: raise DicomError(f'a header that takes more than {MAX_READS} steps to read' if stream.left < 0 else f'not readable as DICOM ({said(e)})') from None

@@ -6,9 +6,8 @@
 __all__ = ['SHOWN_PX', 'COLUMNS', 'ask', 'show', 'examine', 'open_run', 'examined', 'write_report', 'mscan_report', 'misplaced',
            'write_review', 'mscan_review']
 
-# %% ../nbs/66_report.ipynb #9ebfc1a0
+# %% ../nbs/66_report.ipynb #0059d5bb
 import sys
-import traceback
 from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,15 +20,14 @@ from tqdm.auto import tqdm
 from .attention import attention_weights, grad_cams
 from .doubts import read_true_grades
 from .evaluate import read_truth
-from .grading import crop_features, load_models, locate, located_crops
+from .folders import find_studies
+from .grading import crop_features, locate, located_crops
 from .htmlpage import index_page, study_page
 from .levels import AGREE_MM
-from .prepare import read_tables, sentence
+from .prepare import sentence
 from .review import answer_signals, found_line, lost_levels, mark, review_lines, review_table, signal_rows
 from .rsna import CONDITIONS, TableError, read_train
-from .runs import read_manifest
-from .submission import GRADING, member_runs, predict_members, read_normalised
-from .training import pick_device
+from .submission import failure, load_members, predict_found, read_grey, run_manifests
 
 # %% ../nbs/66_report.ipynb #2f1d460f
 SHOWN_PX = 160   # side of a crop on the page
@@ -53,9 +51,9 @@ def show(found: SimpleNamespace, models: SimpleNamespace, asked: SimpleNamespace
     found.cams = grad_cams(asked.seen, models.encoders, models.nets, list(models.conditions), models.device)
     found.cells = {v: next(iter(m.values())).shape for (_, _, v), m in found.cams.items() if m}
 
-# %% ../nbs/66_report.ipynb #1caa0938
+# %% ../nbs/66_report.ipynb #5dcda5c8
 def examine(
-    rows: pd.DataFrame,   # 25 rows of the study, of `mscan.submission.predict_members`
+    rows: pd.DataFrame,   # 25 rows of the study, of `mscan.submission.predict_found`
     read,                 # (low, high) -> Study
     members: list,        # of `mscan.grading.load_models`, one for each run
     pictures: bool=True,
@@ -75,33 +73,32 @@ def examine(
             signals = answer_signals([nets for m, _ in there for nets in m.nets], [f for _, a in there for f in a.features], all(m.view_dropout for m, _ in there), first.device)
             if pictures: show(found, first, asked[0])
     except Exception as e:
-        found.reasons.append(f'not all of this study could be shown: {type(e).__name__}: {e}')
-        print(f'study {found.study_id}: {traceback.format_exc(limit=-1).strip().splitlines()[-1]}', file=sys.stderr)
+        found.reasons.append(f'not all of this study could be shown: {failure(e)}')
+        print(f'study {found.study_id}: {failure(e)}', file=sys.stderr)
     found.rows = mark(signal_rows(rows, signals, found.lost), found.conditions)
     return found
 
-# %% ../nbs/66_report.ipynb #f5e14458
+# %% ../nbs/66_report.ipynb #8741848b
 def open_run(
     run_dir, data_dir, device: str='auto', study: str='',
-) -> tuple:   # members (of `load_models`), tables (of `read_tables`), study ids
-    "Networks and studies. Raises RunError or TableError where there are none, or no such study."
-    members = [load_models({s: read_manifest(run, s) for s in GRADING}, pick_device(device)) for run in member_runs(run_dir)]
-    tables = read_tables(data_dir, 'test')
-    if not tables.studies: raise TableError(f'{data_dir} has no study in test_images/')
-    if study and study not in tables.studies: raise TableError(f'{data_dir} has no study {study} in test_images/; it has {", ".join(tables.studies[:5])}{", ..." if len(tables.studies) > 5 else ""}')
-    return members, tables, [study] if study else tables.studies
+) -> tuple:   # members (of `load_members`), descriptions (or None), studies (of `mscan.folders.Found`)
+    "Networks and studies of a competition folder or of any folder of DICOM files. Raises RunError or TableError where there are none, or no such study."
+    members, found = load_members(run_manifests(run_dir), device), find_studies(data_dir)
+    wanted = [f for f in found.studies if study in ('', f.study_id)]
+    if not wanted: raise TableError(f'{data_dir} has no study {study}; it has {", ".join(f.study_id for f in found.studies[:5])}{", ..." if len(found.studies) > 5 else ""}')
+    return members, found.descriptions, wanted
 
 
 def examined(
-    data_dir, members: list, tables, studies: list, pictures: bool=True, progress: bool=True,
+    members: list, descriptions, studies: list,   # of `open_run`
+    pictures: bool=True, progress: bool=True,
 ):            # yields what `examine` returns
     "Every study, read once, graded as `mscan_predict` grades it, then examined."
-    for s in tqdm(studies, desc='examine', disable=not progress or None, leave=False):
-        read = cache(partial(read_normalised, data_dir, s, tables.descriptions))
-        rows = predict_members(data_dir, s, tables.descriptions, members)
-        yield examine(rows, read, members, pictures)
+    for f in tqdm(studies, desc='examine', disable=not progress or None, leave=False):
+        read = cache(partial(read_grey, f, descriptions))
+        yield examine(predict_found(f, descriptions, members, read=read), read, members, pictures)
 
-# %% ../nbs/66_report.ipynb #78fea3a7
+# %% ../nbs/66_report.ipynb #ed032479
 COLUMNS = ['study_id', 'condition', 'level', 'normal_mild', 'moderate', 'severe', 'risk_normal_mild', 'risk_moderate', 'risk_severe', 'source', 'slices', 'sure', 'scatter', 'view_gap', 'lost', 'review', 'why', 'reason']
 
 
@@ -109,10 +106,10 @@ def write_report(
     run_dir, data_dir, out, study: str='', device: str='auto', progress: bool=True,
 ) -> pd.DataFrame:   # marked rows of all studies
     "index.html, a page a study, and rows.csv. Raises RunError or TableError as `open_run` does."
-    members, tables, studies = open_run(run_dir, data_dir, device, study)
+    members, descriptions, studies = open_run(run_dir, data_dir, device, study)
     out, reasons, files, rows = Path(out), {}, {}, []
     out.mkdir(parents=True, exist_ok=True)
-    for found in examined(data_dir, members, tables, studies, True, progress):
+    for found in examined(members, descriptions, studies, True, progress):
         files[found.study_id] = f'study_{found.study_id}.html'
         (out / files[found.study_id]).write_text(study_page(found), encoding='utf-8')
         reasons[found.study_id] = found.reasons
@@ -126,7 +123,7 @@ def write_report(
 @call_parse
 def mscan_report(
     run_dir: Param('a finished run, as mscan_run leaves it, or a folder of folds, as mscan_folds does', str, required=True)=None,
-    data_dir: Param('folder in the competition format; its test_images are reported', str, required=True)=None,
+    data_dir: Param('folder in the competition format, whose test_images are reported, or any folder of DICOM files', str, required=True)=None,
     out: Param('folder for index.html, a page a study, and rows.csv', str, required=True)=None,
     study: Param('one study alone', str)='',
     device: Param('auto, cpu or cuda', str)='auto',
@@ -150,16 +147,16 @@ def misplaced(
     away = np.linalg.norm(both[xyz].to_numpy() - both[[f'{c}_true' for c in xyz]].to_numpy(), axis=1)
     return found_line(f'levels found over {AGREE_MM:.0f} mm away', both.study_id, both.review, away > AGREE_MM, draws)
 
-# %% ../nbs/66_report.ipynb #9f202360
+# %% ../nbs/66_report.ipynb #b83e2e4e
 def write_review(
     run_dir, data_dir, train_csv, truth_csv, out, device: str='auto', progress: bool=True, draws: int=1000,
 ) -> list:   # lines of markdown
     "review_rows.csv and review.md. Raises RunError or TableError for what does not fit."
-    members, tables, studies = open_run(run_dir, data_dir, device)
+    members, descriptions, studies = open_run(run_dir, data_dir, device)
     labels, found, points = read_train(train_csv), [], []
-    known = [s for s in studies if s in set(labels.study_id)]
-    if not known: raise TableError(f'{Path(train_csv).name} has no label of any study in test_images/')
-    for f in examined(data_dir, members, tables, known, False, progress):
+    known = [f for f in studies if f.study_id in set(labels.study_id)]
+    if not known: raise TableError(f'{Path(train_csv).name} has no label of any study of {Path(data_dir).name}')
+    for f in examined(members, descriptions, known, False, progress):
         found.append(f.rows)
         if f.located is not None and f.located.points is not None: points.append(f.located.points.assign(study_id=f.study_id))
     rows = pd.concat(found, ignore_index=True)

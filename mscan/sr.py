@@ -7,7 +7,7 @@ __all__ = ['UIDS', 'VISIT', 'SCHEME', 'DISCS', 'SIDE_CODES', 'KINDS', 'LEFT_OUT'
            'concept', 'origin_code', 'kind_and_side', 'places', 'answer_group', 'structured_report', 'read_report',
            'write_reports', 'mscan_sr']
 
-# %% ../nbs/67_sr.ipynb #601c4a5a
+# %% ../nbs/67_sr.ipynb #a86b4315
 import sys
 from functools import cache, partial
 from pathlib import Path
@@ -19,14 +19,15 @@ from fastcore.script import Param, call_parse
 from pydicom.uid import UID, generate_uid
 
 import mscan
+from .folders import file_of
 from .htmlpage import name_of
 from .metrics import RISKS
 from .prepare import sentence
 from .report import examine, open_run
 from .rsna import CONDITIONS, GRADES, LEVELS, csv_level
-from .submission import predict_members, read_normalised
+from .submission import failure, predict_found, read_grey
 
-# %% ../nbs/67_sr.ipynb #a2ff66d7
+# %% ../nbs/67_sr.ipynb #0a7e7aa7
 UIDS = ('SOPClassUID', 'SOPInstanceUID', 'StudyInstanceUID', 'SeriesInstanceUID', 'FrameOfReferenceUID')
 VISIT = ('PatientID', 'PatientName', 'PatientBirthDate', 'PatientSex', 'AccessionNumber', 'StudyID', 'StudyDate', 'StudyTime')   # of type 2: present, perhaps empty
 
@@ -36,11 +37,11 @@ class HeaderError(ValueError):
 
 
 def study_headers(
-    folder,    # of one study, with a folder a series
+    found,     # mscan.folders.Found
     study,     # mscan.dicom.Study of it
 ) -> dict:     # series_id -> headers of its slices, in their order
     "The headers of all slices that were read."
-    return {s.series_id: [pydicom.dcmread(Path(folder) / s.series_id / f, stop_before_pixels=True) for f in s.files] for s in study.series}
+    return {s.series_id: [pydicom.dcmread(file_of(found, s.series_id, f), stop_before_pixels=True) for f in s.files] for s in study.series}
 
 
 def check_headers(
@@ -164,24 +165,25 @@ def read_report(
         rows.append(dict(condition=condition, level=level, grade=int(said['GRADE'].value[-1]), **{r: risk[f'P_RISK_{g}'] for g, r in enumerate(RISKS)}, source=said['ORIGIN'].meaning, review=said['REVIEW'].value == 'YES') | point)
     return pd.DataFrame(rows)
 
-# %% ../nbs/67_sr.ipynb #c764befe
+# %% ../nbs/67_sr.ipynb #5284dd94
 def write_reports(
     run_dir, data_dir, out, study: str='', device: str='auto',
 ) -> tuple:   # written files, refusals (sentences)
-    "A Structured Report for every study of test_images whose headers are complete. Raises RunError or TableError as `mscan.report.open_run` does."
+    "A Structured Report for every study whose headers are complete. Raises RunError or TableError as `mscan.report.open_run` does."
     try: import highdicom  # noqa: F401
     except ImportError: raise RuntimeError('Structured Reports need highdicom: pip install "mscan[sr]"') from None
-    members, tables, studies = open_run(run_dir, data_dir, device, study)
+    members, descriptions, studies = open_run(run_dir, data_dir, device, study)
     out, written, refused = Path(out), [], []
     out.mkdir(parents=True, exist_ok=True)
-    for s in studies:
-        read = cache(partial(read_normalised, data_dir, s, tables.descriptions))
+    for f in studies:
+        read = cache(partial(read_grey, f, descriptions))
         try:
-            headers = study_headers(Path(data_dir) / 'test_images' / s, read(members[0].low, members[0].high))
-            check_headers(headers, s)
+            headers = study_headers(f, read(members[0].low, members[0].high))
+            check_headers(headers, f.study_id)
         except HeaderError as error: refused.append(str(error)); continue
-        found = examine(predict_members(data_dir, s, tables.descriptions, members), read, members, pictures=False)
-        file = out / f'{s}_sr.dcm'
+        except Exception as error: refused.append(f'study {f.study_id}: {failure(error)}'); continue
+        found = examine(predict_found(f, descriptions, members, read=read), read, members, pictures=False)
+        file = out / f'{f.study_id}_sr.dcm'
         structured_report(found.rows, places(found.located), headers).save_as(file, enforce_file_format=True)
         written.append(file)
     return written, refused
@@ -190,7 +192,7 @@ def write_reports(
 @call_parse
 def mscan_sr(
     run_dir: Param('a finished run, or a folder of folds', str, required=True)=None,
-    data_dir: Param('folder with test_images, whose headers are complete', str, required=True)=None,
+    data_dir: Param('folder with test_images, or any folder of DICOM files; headers must be complete', str, required=True)=None,
     out: Param('folder for a file a study', str, required=True)=None,
     study: Param('one study alone', str)='',
     device: Param('auto, cpu or cuda', str)='auto',

@@ -3,6 +3,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pandas as pd
+import pytest
 
 from mscan import submission
 from mscan.folds import made_up_stage
@@ -40,6 +41,14 @@ def install(monkeypatch, grade=stand_in_grade, load=stand_in_models):
     "Put the stand-ins in place; workers inherit them, since they are forked."
     monkeypatch.setattr(submission, 'load_models', load)
     monkeypatch.setattr(submission, 'grade_study', grade)
+
+
+def predicted(run, data, out):
+    "Both files as they are where nothing happens."
+    with pytest.MonkeyPatch.context() as patch:
+        install(patch)
+        submission.predict(run, data, out, 'cpu', progress=False)
+    return results(out)
 
 
 def results(folder, names=('submission', 'provenance')):

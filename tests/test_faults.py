@@ -28,7 +28,7 @@ from mscan.runs import RunError, Stage, listing_hash, read_manifest
 from mscan.submission import mscan_predict, predict, write_results
 from mscan.training import WeightsError, load_weights, save_weights
 from mscan.workers import pooled
-from predict_stubs import install, results, stand_in_grade, stand_in_models, stand_in_run
+from predict_stubs import install, predicted, results, stand_in_grade, stand_in_models, stand_in_run
 
 ROOT = Path(__file__).resolve().parents[1]
 FORK = multiprocessing.get_context('fork')
@@ -49,11 +49,7 @@ def run(tmp_path_factory): return stand_in_run(tmp_path_factory.mktemp('run'))
 @pytest.fixture(scope='module')
 def undisturbed(data, run, tmp_path_factory):
     "What is answered where nothing happens."
-    out = tmp_path_factory.mktemp('undisturbed')
-    with pytest.MonkeyPatch.context() as patch:
-        install(patch)
-        predict(run, data, out, 'cpu', progress=False)
-    submission, provenance = results(out)
+    submission, provenance = predicted(run, data, tmp_path_factory.mktemp('undisturbed'))
     assert len(submission) == 125 and (provenance['source'] == 'model').sum() == 25 and submission.normal_mild.nunique() >= 5
     return submission, provenance
 

@@ -13,13 +13,13 @@ import pytest
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian, generate_uid
 
-from mscan import folders, heads
+from mscan import folders, heads, pixels
 from mscan.dicom import DicomError, read_study
 from mscan.folders import Found, Limits, Refused, find_studies, group_files, read_found, walk
 from mscan.heads import read_head
 from mscan.rsna import TableError, read_submission, row_ids
 from mscan.submission import mscan_predict, predict
-from predict_stubs import install, results, stand_in_run
+from predict_stubs import install, predicted, results, stand_in_run
 
 NAME, BIRTH = 'Doe^Jane', '19610203'
 
@@ -51,9 +51,7 @@ def of_study(plain, k=0): return sorted((plain / 'test_images').iterdir())[k]
 def expected(plain, run, tmp_path_factory):
     "Answers from the competition's layout, a column a study, in an order that does not depend on ids."
     out = tmp_path_factory.mktemp('expected')
-    with pytest.MonkeyPatch.context() as patch:
-        install(patch)
-        predict(run, plain, out, 'cpu', progress=False)
+    predicted(run, plain, out)
     return answers_of(out)
 
 
@@ -250,7 +248,7 @@ def deflated(path, payload: bytes):
 
 
 def test_a_head_that_unpacks_to_gigabytes_is_read_to_a_limit(monkeypatch, tmp_path):
-    monkeypatch.setattr(heads, 'MAX_FILE', 2 ** 22)
+    monkeypatch.setattr(pixels, 'MAX_FILE', 2 ** 22)
     described = b'\x08\x00\x3e\x10LO\x04\x00SAG '
     deflated(tmp_path / 'small', described)
     assert read_head(tmp_path / 'small').description == 'SAG'
@@ -266,7 +264,7 @@ def test_a_head_that_unpacks_to_gigabytes_is_read_to_a_limit(monkeypatch, tmp_pa
 
 
 def test_a_file_too_large_is_not_opened_further(monkeypatch, plain):
-    monkeypatch.setattr(heads, 'MAX_FILE', 2000)
+    monkeypatch.setattr(pixels, 'MAX_FILE', 2000)
     with pytest.raises(DicomError, match='at most'): read_head(next(plain.rglob('*.dcm')))
 
 

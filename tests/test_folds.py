@@ -274,10 +274,10 @@ def stubs(monkeypatch, tmp_path):
     "A place with test studies 1 and 2, where reading and grading are stubs; what was read, normalised and graded is noted."
     note = SimpleNamespace(read=[], normalised=[], graded=[], members={}, unreadable=())
 
-    def read_found(found, descriptions, limits):
+    def read_any(found, descriptions, limits):
         note.read.append(found.study_id)
         if found.study_id in note.unreadable: raise OSError('disk is gone')
-        return Study(found.study_id, [SimpleNamespace(series_id=f'series of {found.study_id}')])
+        return Study(found.study_id, [SimpleNamespace(series_id=f'series of {found.study_id}')]), []
 
     def normalise(series, low, high):
         note.normalised.append((low, high))
@@ -288,7 +288,7 @@ def stubs(monkeypatch, tmp_path):
         if study.study_id in models.fails: raise ValueError('a bad day')
         return answers(models.seed, [study.study_id], [(study.study_id, l) for l in models.fallen])
 
-    for name, stand_in in dict(read_found=read_found, normalise=normalise, conventional=lambda series: series, grade_study=grade_study, examine=lambda study, *_: (study, []), load_models=lambda manifests, device: note.members[Path(manifests['10_prepare'].run_dir).name],
+    for name, stand_in in dict(read_any=read_any, normalise=normalise, conventional=lambda series: series, grade_study=grade_study, load_models=lambda manifests, device: note.members[Path(manifests['10_prepare'].run_dir).name],
                                find_studies=lambda data_dir, progress: SimpleNamespace(studies=[Found('1'), Found('2')], notes=[], descriptions=None, ids=None)).items(): monkeypatch.setattr(submission, name, stand_in)
     return note
 

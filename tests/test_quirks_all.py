@@ -1,4 +1,4 @@
-"Everything that is wrong with real studies, planted often: each is found by the report or harms no answer, and studies without it answer as if it were nowhere."
+"Everything that is wrong with real studies, planted often: each is found by mscan_check's report or harms no answer, and studies without it answer as if it were nowhere."
 import os
 import subprocess
 import sys
@@ -8,10 +8,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from mscan.check import check
 from mscan.phantom import make_phantom, phantom_study
 from mscan.points import clean_points, slice_rows
 from mscan.mirror import conventional, stored_reversed
-from mscan.prepare import check_data
 from mscan.quirks import QUIRKS
 from mscan.rsna import row_ids
 
@@ -52,7 +52,7 @@ def world(tmp_path_factory):
         command('mscan_predict', '--run_dir', root / 'run', '--data_dir', root / name, '--out', root / f'out_{name}', '--device', 'cpu')
         answers[name] = pd.read_csv(root / f'out_{name}' / 'submission.csv').set_index('row_id')
     truth = pd.read_csv(root / 'all' / 'truth.csv', dtype=dict(study_id=str))
-    return root, answers, truth, check_data(root / 'all', 2, False)
+    return root, answers, truth, check(root / 'all', progress=False)
 
 
 def by_study(answers): return {s: t.to_numpy() for s, t in answers.groupby(answers.index.str.split('_').str[0])}
@@ -87,7 +87,7 @@ def test_every_planted_quirk_is_found_or_harmless(world):
     root, answers, truth, report = world
     cells, said = planted(truth), {r['study_id']: ' | '.join(r['problems'] + r['remarks']) for part in ('train', 'test') for r in report[part]}
     split = dict(zip(truth.study_id, truth.part, strict=True))
-    fixes, counts = pd.DataFrame(report['corrections']), {}
+    fixes, counts = pd.read_csv(root / 'run' / '10_prepare' / 'corrections.csv', dtype=dict(study_id=str)), {}
     spoiled, clean = by_study(answers['all']), by_study(answers['none'])
     for study, quirks in cells.items():
         for q, touched in quirks.items():

@@ -8,10 +8,10 @@ import pytest
 from fakes import complete, fake_models
 
 import mscan.report as report
-from mscan.prepare import read_tables
+from mscan.folders import find_studies
 from mscan.review import mark
 from mscan.rsna import CONDITIONS, LEVELS, PROBS, TableError
-from mscan.submission import predict_members
+from mscan.submission import predict_found
 
 
 @pytest.fixture(scope='module')
@@ -34,9 +34,8 @@ def data(small_data, tmp_path_factory):
 def pages(request, data, tmp_path_factory):
     models, out = fake_models(data[0], request.param), tmp_path_factory.mktemp('pages')
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report, 'member_runs', lambda run: [run])
-        patch.setattr(report, 'read_manifest', lambda run, stage: None)
-        patch.setattr(report, 'load_models', lambda manifests, device: models)
+        patch.setattr(report, 'run_manifests', lambda run: [run])
+        patch.setattr(report, 'load_members', lambda manifests, device: [models])
         rows = report.write_report(out / 'a_run', data[0], out, device='cpu', progress=False)
     return models, rows, out
 
@@ -67,11 +66,12 @@ def test_an_id_that_is_markup_stays_text(pages):
 
 def test_the_numbers_are_those_of_predict(pages, data):
     models, rows, out = pages
-    tables = read_tables(data[0], 'test')
+    found = find_studies(data[0])
+    by_id = {f.study_id: f for f in found.studies}
     table = pd.read_csv(out / 'rows.csv', dtype={'study_id': str}, keep_default_na=False)
     assert len(table) == 75 and set(table.columns) == set(report.COLUMNS)
     for s in (data[1], data[2]):
-        said = predict_members(data[0], s, tables.descriptions, [models]).set_index(['condition', 'level'])
+        said = predict_found(by_id[s], found.descriptions, [models]).set_index(['condition', 'level'])
         mine = table[table.study_id == s].set_index(['condition', 'level'])
         assert np.abs(said[list(PROBS)].to_numpy(float) - mine.loc[said.index, list(PROBS)].to_numpy(float)).max() < 1e-9 and (mine.loc[said.index, 'source'] == said['source']).all()
         text = text_of(pages, s)
@@ -114,15 +114,15 @@ def test_the_signals_of_a_row_are_its_own(pages):
 
 def test_one_study_alone_and_one_that_is_not_there(data, tmp_path, monkeypatch):
     models = fake_models(data[0], False, 1)
-    for name, value in dict(member_runs=lambda run: [run], read_manifest=lambda run, stage: None, load_models=lambda manifests, device: models).items(): monkeypatch.setattr(report, name, value)
+    for name, value in dict(run_manifests=lambda run: [run], load_members=lambda manifests, device: [models]).items(): monkeypatch.setattr(report, name, value)
     rows = report.write_report(tmp_path, data[0], tmp_path / 'out', data[1], 'cpu', False)
     assert set(rows.study_id) == {data[1]} and sorted(p.name for p in (tmp_path / 'out').glob('*.html')) == ['index.html', f'study_{data[1]}.html']
-    with pytest.raises(TableError, match='no study 12 in'): report.write_report(tmp_path, data[0], tmp_path / 'out', '12', 'cpu', False)
+    with pytest.raises(TableError, match='has no study 12; it has'): report.write_report(tmp_path, data[0], tmp_path / 'out', '12', 'cpu', False)
 
 
 def test_the_table_of_marks_by_one_call(data, tmp_path, monkeypatch):
     models = fake_models(data[0], True, 2)
-    for name, value in dict(member_runs=lambda run: [run], read_manifest=lambda run, stage: None, load_models=lambda manifests, device: models).items(): monkeypatch.setattr(report, name, value)
+    for name, value in dict(run_manifests=lambda run: [run], load_members=lambda manifests, device: [models]).items(): monkeypatch.setattr(report, name, value)
     lines = report.write_review(tmp_path, data[0], data[0] / 'test_labels.csv', data[0] / 'truth.csv', tmp_path / 'out', 'cpu', False, 50)
     assert (tmp_path / 'out' / 'review.md').read_text().strip().split('\n') == lines and sum(line.startswith('| canal |') for line in lines) == 2
     counted = next(line for line in lines if line.startswith('| levels found over'))

@@ -22,7 +22,7 @@ def written(small_data, tmp_path_factory):
     complete(folder / 'test_images' / good, ReferringPhysicianName='')
     models = fake_models(folder)
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in dict(member_runs=lambda run: [run], read_manifest=lambda run, stage: None, load_models=lambda manifests, device: models).items(): patch.setattr(report, name, value)
+        for name, value in dict(run_manifests=lambda run: [run], load_members=lambda manifests, device: [models]).items(): patch.setattr(report, name, value)
         files, refused = write_reports(folder, folder, folder / 'sr', device='cpu')
         rows = report.write_report(folder, folder, folder / 'report', good, 'cpu', False)
     return folder, good, bare, files, refused, rows

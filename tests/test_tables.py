@@ -10,7 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mscan.contents import header_contrast
-from mscan.prepare import check_data, read_examined, read_tables
+from mscan.check import check
+from mscan.prepare import read_examined, read_tables
 from mscan.rsna import (CELLS, GRADES, VIEWS, TableError, TableWarning, check_id, described_view, discover_studies, is_id,
                         read_coordinates, read_descriptions, read_train)
 
@@ -150,7 +151,7 @@ def test_ids_that_lead_elsewhere_reach_no_path(tmp_path, small_data):
     assert sum('cannot be the name of a folder' in n or 'cannot be an id' in n for n in tables.notes) >= 5, tables.notes
     for bad in ('../outside', '/etc', 'a\0b', 'x' * 300):
         with pytest.raises(TableError, match='cannot be the name of a folder'): read_examined(folder, 'train', bad, None)
-    assert (tmp_path / 'outside' / 'x.dcm').read_bytes() == b'not ours' and len(check_data(folder, 1, False)['train']) == 1
+    assert (tmp_path / 'outside' / 'x.dcm').read_bytes() == b'not ours' and len(check(folder, workers=1, progress=False)['train']) == 1
 
 
 def test_a_folder_name_that_is_no_text_is_passed_over(tmp_path):
@@ -209,5 +210,5 @@ def test_without_a_description_table_views_come_from_the_images(small_data, odd_
 def test_a_folder_of_test_images_beside_a_train_table_is_checked(small_data, tmp_path):
     (tmp_path / 'test_images').symlink_to(small_data / 'test_images')
     shutil.copy(small_data / 'train.csv', tmp_path), shutil.copy(small_data / 'train_label_coordinates.csv', tmp_path)
-    report = check_data(tmp_path, 1, False)
+    report = check(tmp_path, workers=1, progress=False)
     assert len(report['test']) == 2 and report['train'] == [] and any('no folder train_images' in n for n in report['notes'])
