@@ -6,7 +6,7 @@
 __all__ = ['noted', 'read_tables', 'series_report', 'remarks_on', 'study_report', 'note_labels', 'read_examined', 'read_any',
            'cache_study', 'load_study', 'prepare', 'write_quality', 'note_coverage', 'load_tables', 'sentence']
 
-# %% ../nbs/10_prepare.ipynb #6617040e
+# %% ../nbs/10_prepare.ipynb #488aeda5
 import json
 import sys
 import warnings
@@ -18,6 +18,7 @@ import pandas as pd
 
 from .contents import examine, out_of_view
 from .dicom import Series, Study, read_study
+from .engines import engine_of
 from .files import whole_files
 from .folders import Found, Limits, read_found
 from .images import normalise
@@ -182,7 +183,7 @@ def load_study(
                                    t.instance_number.to_numpy(), t['stack'].to_numpy(), t.file.tolist(), normalised=True))
     return study
 
-# %% ../nbs/10_prepare.ipynb #84ed1015
+# %% ../nbs/10_prepare.ipynb #e61fa778
 def prepare(
     data_dir,                      # competition folder
     out,                           # folder for the products
@@ -199,9 +200,11 @@ def prepare(
     folds_csv: str='',             # a user's own folds, see `mscan.split.read_folds`
     oof_csv: str='',               # held-out predictions that doubt labels, see `mscan.noise`
     drop_noisy: float=0.,          # leave out labels of the training part that are doubted by more than this; 0: off
+    engine: str='local',           # what reads, see `mscan.engines`
+    ray_address: str='',
 ) -> SimpleNamespace:              # as `load_tables`
     "Read a competition folder into tables and a pixel cache; raises TableError where there is nothing to train on."
-    out = Path(out)
+    out, answered = Path(out), engine_of(engine, ray_address)
     (out / 'cache').mkdir(parents=True, exist_ok=True)
     train, hidden = read_tables(data_dir, 'train', coords_csv), read_tables(data_dir, 'test')
     if not train.studies: raise TableError(f'{data_dir}: no study of train.csv has images in train_images/')
@@ -210,7 +213,7 @@ def prepare(
     own = [s for s in train.studies if s not in repeated]
     jobs = [(str(data_dir), split, s, t.descriptions, str(out / 'cache'), low, high)
             for split, t, ids in (('train', train, own), ('test', hidden, hidden.studies)) for s in ids]
-    rows, reports = zip(*pooled(cache_study, jobs, workers, 'read', progress), strict=True)
+    rows, reports = zip(*pooled(cache_study, jobs, workers, 'read', progress, engine=answered), strict=True)
     slices = pd.concat(rows, ignore_index=True)
     if not len(slices): raise TableError(f'{data_dir}: no study has a readable series; mscan_check says why')
     labels = train.labels[train.labels.study_id.isin(own)].reset_index(drop=True)

@@ -29,7 +29,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-# %% ../nbs/06_training.ipynb #ef1055c5
+# %% ../nbs/06_training.ipynb #1dad9250
 def seed_everything(
     seed, # any int >= 0
 ):
@@ -46,6 +46,7 @@ def pick_device(
     "The device that a name means; 'auto' is a GPU where there is one. Raises `ValueError` for a GPU that is not there."
     if str(device) == 'auto': device = 'cuda' if torch.cuda.is_available() else 'cpu'
     device = torch.device(device)
+    if str(device) == 'cuda' and 'LOCAL_RANK' in os.environ: device = torch.device('cuda', int(os.environ['LOCAL_RANK']))  # one of several processes
     if device.type == 'cuda' and not torch.cuda.is_available():
         raise ValueError(f'device {str(device)!r} was asked for, but torch sees no GPU; use device auto or cpu')
     return device
@@ -117,7 +118,7 @@ def peak_memory(device) -> float:
     if torch.device(device).type == 'cuda': return torch.cuda.max_memory_allocated(device)/2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/2**10
 
-# %% ../nbs/06_training.ipynb #e20559e7
+# %% ../nbs/06_training.ipynb #9b91e7d8
 def shuffle_by(loader, seed, epoch=0):
     "Makes the order of a DataLoader depend on seed and epoch alone, not on what else drew random numbers."
     sampler = getattr(loader, 'sampler', None)
@@ -135,13 +136,13 @@ def share(loader, accelerator):
     return itertools.islice(loader, i, None, n)
 
 def batches(loader, accelerator, count):
-    "Yields `count` times (batch on the device, its weight): weight 0 for the repeated ones. Raises `ValueError` without any batch."
+    "Yields `count` times (batch on the device, its weight): weight 0 for the repeated ones."
     batch = None
     part = iter(share(loader, accelerator))
     for _ in range(count):
         found = next(part, None)
         if found is not None: batch = send_to_device(found, accelerator.device, non_blocking=True)
-        if batch is None: raise ValueError('a process got no batch at all: fewer batches than processes')
+        if batch is None: batch = send_to_device(next(iter(loader)), accelerator.device)  # fewer batches than processes: it borrows one
         yield batch, float(found is not None)
 
 def batch_size(batch) -> int:
