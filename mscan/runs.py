@@ -203,7 +203,7 @@ def read_manifest(
     if lacks: raise RunError(f'manifest {file} lacks {", ".join(lacks)}; run stage {stage} again')
     return Manifest(run_dir, stage, record)
 
-# %% ../nbs/07_runs.ipynb #5105d725
+# %% ../nbs/07_runs.ipynb #c8bf14fb
 def plain(value):
     "`value` as JSON can hold it: numpy scalars and arrays to Python, nan and infinities to None, paths to text."
     if isinstance(value, dict): return {str(k): plain(v) for k, v in value.items()}
@@ -221,7 +221,7 @@ def environment(
     versions = {n: metadata.version(n) for n in known.split() if modules.get(n, n.replace('-', '_')) in sys.modules}
     kib = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     found = dict(versions=dict(python=platform.python_version(), mscan=mscan.__version__, **versions),
-                 device=str(device or 'cpu'), cpus=os.cpu_count(), peak_memory_mib=round(kib/1024))
+                 device=str(device or 'cpu'), cpus=os.cpu_count(), processes=int(os.environ.get('WORLD_SIZE', 1)), peak_memory_mib=round(kib/1024))
     torch = sys.modules.get('torch')
     if torch and str(device).startswith('cuda') and torch.cuda.is_available():
         found |= dict(gpu=torch.cuda.get_device_name(device), peak_gpu_memory_mib=round(torch.cuda.max_memory_allocated(device)/2**20))

@@ -18,7 +18,6 @@ from mscan.check import check
 from mscan.engines import cluster, scattered
 from mscan.prepare import prepare
 from mscan.rsna import TableError
-from mscan.runs import RunError
 from mscan.submission import mscan_predict, predict
 from mscan.workers import Lost, Same, pooled
 from predict_stubs import predicted, results, stand_in_grader, stand_in_run
@@ -78,7 +77,7 @@ def kill_the_victim(notes):
 def test_a_worker_killed_in_the_middle_of_a_study_costs_nothing_and_one_lost_twice_its_own_study(two, five, stand_in, local, monkeypatch, tmp_path):
     notes = tmp_path / 'notes'
     notes.mkdir()
-    monkeypatch.setattr(submission, 'grader', partial(grader_that_waits, notes=str(notes)))
+    monkeypatch.setattr(submission, 'grader', partial(grader_that_waits, notes=str(notes), fatal='2'))
     killer = threading.Thread(target=kill_the_victim, args=[notes], daemon=True)
     killer.start()
     predict(stand_in, five, tmp_path / 'out', 'cpu', progress=False, workers=2, engine='ray')
@@ -86,16 +85,10 @@ def test_a_worker_killed_in_the_middle_of_a_study_costs_nothing_and_one_lost_twi
     began = {k: {int(p.name.split()[-1]) for p in notes.glob(f'{k} in *')} for k in '12345'}
     victim = int((notes / 'victim').read_text())
     assert not killer.is_alive() and victim in began['3'] and len(began['3']) == 2 and os.getpid() not in set.union(*began.values())
-    assert all(a.equals(b) for a, b in zip(results(tmp_path / 'out'), local, strict=True))
-
-    monkeypatch.setattr(submission, 'grader', partial(grader_that_waits, notes=str(notes), fatal='2'))     # there is a victim already: study 3 waits no more
-    predict(stand_in, five, tmp_path / 'out', 'cpu', progress=False, workers=2, engine='ray')
     table, why = results(tmp_path / 'out')
-    own = table.index.str.startswith('2_')
-    assert table[~own].equals(local[0][~own]) and why[~own].equals(local[1][~own]) and np.isfinite(table.to_numpy()).all()
-    assert (why[own]['source'] == 'prior').all() and why[own].reason.str.contains('not graded: its worker on Ray was lost').sum() == 5
-    with pytest.raises(RunError, match='study 2: its worker on Ray was lost'): predict(stand_in, five, tmp_path / 'strict', 'cpu', True, False, 2, engine='ray')
-    assert not list((tmp_path / 'strict').iterdir())
+    lost = table.index.str.startswith('2_')
+    assert table[~lost].equals(local[0][~lost]) and why[~lost].equals(local[1][~lost]) and (why[~lost]['source'] == 'model').sum() == 20      # study 3 among them
+    assert (why[lost]['source'] == 'prior').all() and why[lost].reason.str.contains('not graded: its worker on Ray was lost').sum() == 5 and np.isfinite(table.to_numpy()).all()
 
 
 def test_preparing_and_checking_on_ray_is_as_local(two, small_data, tmp_path):
@@ -119,13 +112,14 @@ class Failing:
 
 
 def test_errors_arrive_as_they_were_and_time_is_limited(two):
-    with pytest.raises(ZeroDivisionError, match='division by zero'): pooled(partial(divmod, 1), [1, 0, 2], 2, progress=False, engine=scattered)
+    with pytest.raises(ZeroDivisionError, match='by zero'): pooled(partial(divmod, 1), [1, 0, 2], 2, progress=False, engine=scattered)
     with pytest.raises(TableError, match='no networks here'): list(scattered(Failing(), [1, 2], 2))
     begun, answers = time.monotonic(), dict(scattered(Same(late), ['late', 'a', 'b'], 2, seconds=1))
     assert answers[0] == Lost('it took longer than 1 s') and (answers[1], answers[2]) == ('a', 'b') and time.monotonic() - begun < 30
     assert list(scattered(Same(late), [])) == []
 
 
+@pytest.mark.slow
 def test_real_networks_answer_alike_and_the_cluster_of_a_command_is_its_own(run, data, tmp_path):
     "The smoke run's networks on two good studies and two damaged ones, by the command, which starts a cluster and ends it."
     (folder, broken), (trained, _) = data, run
