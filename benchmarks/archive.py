@@ -26,9 +26,9 @@ def part_of(data: Path, out: Path, studies: int) -> Path:
     return out
 
 
-def seconds(work) -> float:
+def seconds(work, *given, **how) -> float:
     begun = time.perf_counter()
-    work()
+    work(*given, **how)
     return time.perf_counter() - begun
 
 
@@ -48,8 +48,9 @@ def main(argv=None):
         report = Report('archive', args, f'{data_of(args)}; networks of {run.name}; {args.workers} processes of one thread; {os.cpu_count()} cores')
         dicom = bytes_of(data / 'test_images') / args.studies
         for engine in args.engines.split(','):
-            read = {n: seconds(lambda d=d, n=n: prepare(d, folder / f'{engine}_{n}', workers=args.workers, progress=False, engine=engine)) for n, d in parts.items()}
-            grade = {n: seconds(lambda d=d, n=n: predict(run, d, folder / f'{engine}_out_{n}', 'cpu', progress=False, workers=args.workers, engine=engine)) for n, d in parts.items()}
+            how = dict(workers=args.workers, progress=False, engine=engine)
+            read = {n: seconds(prepare, d, folder / f'{engine}_{n}', **how) for n, d in parts.items()}
+            grade = {n: seconds(predict, run, d, folder / f'{engine}_out_{n}', 'cpu', **how) for n, d in parts.items()}
             for what, took in (('prepare', read), ('predict', grade)):
                 study = (took[args.studies] - took[few]) / (args.studies - few)
                 report.add(f'{what}, {engine}: studies an hour', 3600 / study, seconds=took)

@@ -6,7 +6,7 @@
 __all__ = ['EPILOG', 'find_stages', 'as_type', 'unknown', 'read_preset', 'settle', 'plan', 'why_run', 'StageFailed', 'failure',
            'environ', 'execute', 'locked', 'run_stages', 'Parser', 'run_parser', 'show_plan', 'mscan_run']
 
-# %% ../nbs/08_runner.ipynb #95d2ee3f
+# %% ../nbs/08_runner.ipynb #1d5bba7e
 import argparse, contextlib, fcntl, os, re, sys, tempfile, textwrap, time
 from difflib import get_close_matches
 from functools import partial
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import mscan, yaml
 from tqdm import tqdm
-from .ranks import Crew, joined
+from .ranks import Crew, joined, sweep
 from .runs import (MANIFEST, UNFINISHED, STAGES, RunError, code_hash, declared_parameters, find_nbs, noted, portable,
                         project_root, read_manifest, resolve)
 from .session import SessionOver, adopt, drop_link, session_limits
@@ -193,7 +193,7 @@ def execute(
         raise StageFailed(f'stage {stage} ran through but wrote no manifest: its last cell must call stage.finish(). '
                           f'Executed notebook: {portable(executed)}') from None
 
-# %% ../nbs/08_runner.ipynb #e608ca7c
+# %% ../nbs/08_runner.ipynb #c6af7794
 @contextlib.contextmanager
 def locked(run_dir):
     "Holds the run's folder for this process. Raises `RunError` if another one has it."
@@ -217,6 +217,7 @@ def run_stages(
     run_dir.mkdir(parents=True, exist_ok=True)
     first = crew.rank == 0
     with locked(run_dir) if first else contextlib.nullcontext(), tqdm(planned, desc='stages', unit='stage', disable=None if first else True) as bar:
+        if first: sweep(run_dir)
         for stage in bar:
             bar.set_description(stage); bar.set_postfix_str('')
             places = dict(run_dir=portable(run_dir), data_dir=portable(data_dir))
