@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['STAGES', 'MANIFEST', 'UNFINISHED', 'PROCESSES', 'RunError', 'is_project', 'project_root', 'resolve', 'portable',
            'find_nbs', 'notebook_cells', 'declared_parameters', 'code_hash', 'listing_hash', 'file_hash', 'data_hash',
-           'noted', 'Manifest', 'read_manifest', 'plain', 'environment', 'git_commit', 'stage_record', 'open_folder',
-           'Stage', 'write_manifest']
+           'noted', 'Manifest', 'read_manifest', 'plain', 'environment', 'git_commit', 'stage_record', 'trainings',
+           'open_folder', 'Stage', 'write_manifest']
 
 # %% ../nbs/07_runs.ipynb #19bcc113
 import ast, hashlib, json, os, platform, re, resource, shutil, subprocess, sys, time
@@ -253,6 +253,11 @@ def stage_record(
     return run_dir, dict(stage=stage, parameters=values, code=code_hash(notebook), commit=git_commit(), seeds=seeds,
                          inputs=inputs, products={}, metrics={})
 
+# %% ../nbs/07_runs.ipynb #5f3cadf0
+def trainings() -> list:
+    "What the trainings of this process cost, of `mscan.training`, which is not imported for it."
+    return getattr(sys.modules.get('mscan.training'), 'TRAININGS', [])
+
 # %% ../nbs/07_runs.ipynb #810fe47e
 def open_folder(
     folder, # the stage's folder
@@ -269,7 +274,7 @@ def open_folder(
         if p.is_dir() and not p.is_symlink(): shutil.rmtree(p)
         elif p.name != UNFINISHED: p.unlink(missing_ok=True)
 
-# %% ../nbs/07_runs.ipynb #f9edec69
+# %% ../nbs/07_runs.ipynb #3839a5b5
 @dataclass
 class Stage:
     "A stage at work. Made by `Stage.begin`, closed by `finish`."
@@ -284,6 +289,7 @@ class Stage:
         run_dir, record = stage_record(stage, namespace, nbs)
         open_folder(run_dir/stage, record)
         os.environ.update(json.loads(os.environ.pop(PROCESSES, '{}')))  # only now: the lessons before were this kernel's own
+        trainings().clear()                                     # those of the lessons before
         return cls(run_dir, stage, record, time.perf_counter())
 
     @property
@@ -312,7 +318,7 @@ class Stage:
         "Closes the stage, see `write_manifest`; `device` is what it computed on."
         return write_manifest(self, device)
 
-# %% ../nbs/07_runs.ipynb #8e018553
+# %% ../nbs/07_runs.ipynb #8604182e
 def write_manifest(
     stage,       # a Stage
     device=None, # what it computed on
@@ -322,7 +328,7 @@ def write_manifest(
         path = stage.dir/product['path']
         if not path.exists(): raise RunError(f'{stage.stage}: product {name!r} was announced but not written: {path}')
         product['sha256'], product['bytes'] = listing_hash(path) if path.is_dir() else (file_hash(path), path.stat().st_size)
-    stage.record |= dict(seconds=round(time.perf_counter() - stage.started, 2),
+    stage.record |= dict(seconds=round(time.perf_counter() - stage.started, 2), trainings=list(trainings()),
                          finished=datetime.now(timezone.utc).isoformat(timespec='milliseconds'), **environment(device))
     mark = stage.dir/UNFINISHED
     mark.write_text(json.dumps(plain(stage.record), indent=1), encoding='utf-8')
