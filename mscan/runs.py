@@ -17,7 +17,7 @@ from pathlib import Path
 
 import mscan
 
-# %% ../nbs/07_runs.ipynb #79561a79
+# %% ../nbs/07_runs.ipynb #ef42aabd
 STAGES = ('10_prepare', '20_keypoints', '21_projection', '22_sides', '30_crops', '31_encoders', '40_levels', '42_grading',
           '45_variants', '50_evaluate', '60_submission')  # in this order; 41_crossattention holds networks and has no run
 MANIFEST, UNFINISHED = 'manifest.json', 'manifest.unfinished.json'
@@ -203,7 +203,7 @@ def read_manifest(
     if lacks: raise RunError(f'manifest {file} lacks {", ".join(lacks)}; run stage {stage} again')
     return Manifest(run_dir, stage, record)
 
-# %% ../nbs/07_runs.ipynb #c8bf14fb
+# %% ../nbs/07_runs.ipynb #4d69bd77
 def plain(value):
     "`value` as JSON can hold it: numpy scalars and arrays to Python, nan and infinities to None, paths to text."
     if isinstance(value, dict): return {str(k): plain(v) for k, v in value.items()}
@@ -253,7 +253,7 @@ def stage_record(
     return run_dir, dict(stage=stage, parameters=values, code=code_hash(notebook), commit=git_commit(), seeds=seeds,
                          inputs=inputs, products={}, metrics={})
 
-# %% ../nbs/07_runs.ipynb #5f3cadf0
+# %% ../nbs/07_runs.ipynb #4b988e4e
 def trainings() -> list:
     "What the trainings of this process cost, of `mscan.training`, which is not imported for it."
     return getattr(sys.modules.get('mscan.training'), 'TRAININGS', [])
@@ -274,7 +274,7 @@ def open_folder(
         if p.is_dir() and not p.is_symlink(): shutil.rmtree(p)
         elif p.name != UNFINISHED: p.unlink(missing_ok=True)
 
-# %% ../nbs/07_runs.ipynb #3839a5b5
+# %% ../nbs/07_runs.ipynb #9e74ca2e
 @dataclass
 class Stage:
     "A stage at work. Made by `Stage.begin`, closed by `finish`."
@@ -318,7 +318,7 @@ class Stage:
         "Closes the stage, see `write_manifest`; `device` is what it computed on."
         return write_manifest(self, device)
 
-# %% ../nbs/07_runs.ipynb #8604182e
+# %% ../nbs/07_runs.ipynb #628fd095
 def write_manifest(
     stage,       # a Stage
     device=None, # what it computed on

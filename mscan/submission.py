@@ -8,7 +8,7 @@ __all__ = ['PROVENANCE', 'MEAN_PROVENANCE', 'GRADING', 'ROW_BYTES', 'write_resul
            'read_ahead', 'predict_all', 'load_members', 'grader', 'member_runs', 'run_manifests', 'made_ready',
            'graded', 'in_budget', 'predict', 'mscan_predict']
 
-# %% ../nbs/60_submission.ipynb #81235ccd
+# %% ../nbs/60_submission.ipynb #6211eec2
 import errno
 import os
 import re
@@ -68,7 +68,7 @@ def write_results(
         rows[list(columns)].to_csv(provenance, index=False)
     return paths
 
-# %% ../nbs/60_submission.ipynb #8b2e64c1
+# %% ../nbs/60_submission.ipynb #e099af44
 MEAN_PROVENANCE = ('row_id', 'models', 'source', 'slices', 'reason')
 
 
@@ -168,7 +168,7 @@ def predict_study(
         print(f'study {found.study_id} falls back: {failure(e)}', file=sys.stderr)
         return fallback_rows(found.study_id, [models], failure(e))
 
-# %% ../nbs/60_submission.ipynb #033da07e
+# %% ../nbs/60_submission.ipynb #a7faae30
 def predict_found(
     found: Found, descriptions,
     members: list,       # of `load_models`, one for each run
@@ -239,7 +239,7 @@ def run_manifests(
     "What grading needs of a run or of its folds. Raises RunError where a stage is missing."
     return [{s: read_manifest(run, s) for s in GRADING} for run in member_runs(run_dir)]
 
-# %% ../nbs/60_submission.ipynb #3f042180
+# %% ../nbs/60_submission.ipynb #8ac74285
 ROW_BYTES = 400  # of both files, for a row; measured: 150 to 300
 
 
@@ -276,7 +276,7 @@ def graded(
         if isinstance(answers[k], Lost): raise RunError(f'study {studies[k].study_id} has no answer, not even the fallback: {answers[k].reason}')
     return [answers[k] for k in range(len(studies))]
 
-# %% ../nbs/60_submission.ipynb #ba62dfb5
+# %% ../nbs/60_submission.ipynb #4a9c6ac4
 def in_budget(
     studies: list, members: list, descriptions, strict: bool, limits: Limits,   # as of `predict_found`
     save,                         # rows of all studies -> files
@@ -292,7 +292,7 @@ def in_budget(
         return predict_found(found, descriptions, members, strict, limits, read, runs)
     return grade_in_time([s.study_id for s in studies], grade, late, save, 3600 * hours - (time.monotonic() - began), progress, len(members))[0]
 
-# %% ../nbs/60_submission.ipynb #55fea86a
+# %% ../nbs/60_submission.ipynb #43ba3fe2
 def predict(
     run_dir,                 # a finished run, or a folder of folds
     data_dir,                # the competition's folder, or any folder of DICOM files
@@ -327,7 +327,7 @@ def predict(
     save(rows)
     return rows
 
-# %% ../nbs/60_submission.ipynb #ac94765b
+# %% ../nbs/60_submission.ipynb #c59bbd1d
 @call_parse
 def mscan_predict(
     run_dir: Param('a finished run, as mscan_run leaves it, or a folder of folds, as mscan_folds does', str, required=True)=None,

@@ -8,7 +8,7 @@ __all__ = ['LOOKS', 'TRAININGS', 'CARD_KEYS', 'INTENDED_USE', 'seed_everything',
            'batch_size', 'Loop', 'take_step', 'start', 'mean_loss', 'train_epoch', 'note_training', 'fit', 'run_epochs',
            'WeightsError', 'weight_files', 'save_weights', 'load_card', 'load_state', 'load_weights']
 
-# %% ../nbs/06_training.ipynb #85186234
+# %% ../nbs/06_training.ipynb #1fe618b1
 import hashlib, itertools, json, math, os, random, resource, time
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-# %% ../nbs/06_training.ipynb #5186ca1d
+# %% ../nbs/06_training.ipynb #dc33bc9d
 def seed_everything(
     seed, # any int >= 0
 ):
@@ -120,7 +120,7 @@ def peak_memory(device) -> float:
     if torch.device(device).type == 'cuda': return torch.cuda.max_memory_allocated(device)/2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/2**10
 
-# %% ../nbs/06_training.ipynb #39ddb572
+# %% ../nbs/06_training.ipynb #44576440
 def own_random(worker):
     "Gives a data set that augments (`rng`) random numbers of its own in each process and epoch; without it all would draw the same."
     info = torch.utils.data.get_worker_info()
@@ -138,7 +138,7 @@ def loaded(
     if workers is None: workers = min(8, max(0, (os.cpu_count() or 1) // int(os.environ.get('LOCAL_WORLD_SIZE', 1)) - 1)) if on_gpu else 0
     return DataLoader(data, batch, num_workers=workers, pin_memory=on_gpu, worker_init_fn=own_random if workers else None, **options)
 
-# %% ../nbs/06_training.ipynb #9b91e7d8
+# %% ../nbs/06_training.ipynb #7a5f46ba
 def shuffle_by(loader, seed, epoch=0):
     "Makes the order of a DataLoader depend on seed and epoch alone, not on what else drew random numbers."
     sampler = getattr(loader, 'sampler', None)
@@ -271,7 +271,7 @@ def train_epoch(loop, loader, count, accumulation, bar, where):
         if sums[1]: bar.set_postfix_str(f'loss {sums[0]/sums[1]:.4f}', refresh=False)
     return sums[0]/max(sums[1], 1e-12), float(loop.accelerator.reduce(items, 'sum')), time.perf_counter() - start
 
-# %% ../nbs/06_training.ipynb #173f88a8
+# %% ../nbs/06_training.ipynb #981e6633
 TRAININGS = []   # dicts of this process, the latest last
 
 def note_training(history, label: str, seconds: float):
@@ -280,7 +280,7 @@ def note_training(history, label: str, seconds: float):
     TRAININGS.append(dict(label=label, epochs=len(speeds), seconds=round(seconds, 1), items_per_second=round(float(speeds[1:].median() if len(speeds) > 1 else speeds.iloc[0]), 1),
                           device=history.device, precision=history.precision, peak_memory_mib=round(history.peak_memory_mib)))
 
-# %% ../nbs/06_training.ipynb #3b1057ff
+# %% ../nbs/06_training.ipynb #933248d4
 def fit(
     model,                # nn.Module, trained in place; ends with the weights of its best epoch, in evaluation mode
     loss,                 # (model, batch) -> (numerator, denominator), 0-dim tensors
@@ -313,7 +313,7 @@ def fit(
         if own_forward: model.forward = own_forward
         model.eval()
 
-# %% ../nbs/06_training.ipynb #e2626299
+# %% ../nbs/06_training.ipynb #d281fd8c
 def run_epochs(loop, train, validation, count, epochs, accumulation, patience, seed, on_epoch, label, progress) -> History:
     "The epochs of `fit`: trains, validates, keeps the best weights, stops early."
     acc, rows, best, kept, best_epoch, began = loop.accelerator, [], float('inf'), None, 0, time.perf_counter()
