@@ -1,8 +1,10 @@
 """How many studies an hour are prepared and graded, by local processes and on Ray, and what would a million take? Figures for docs/devices.md.
 
-The same phantom studies are read and graded twice as often as needed to tell what a study costs from what a start costs: a few of them, then all. The files lie in the system's cache of pages, so that reading costs what decoding costs and no disk is measured.
+The same phantom studies are read and graded twice as often as needed to tell what a study costs from what a start costs: a few of them, then all. Core seconds hold on a busy machine too; studies an hour mean what they say on an idle one.
+The files lie in the system's cache of pages, so that reading costs what decoding costs and no disk is measured.
 """
 import os
+import resource
 import shutil
 import sys
 import tempfile
@@ -26,10 +28,12 @@ def part_of(data: Path, out: Path, studies: int) -> Path:
     return out
 
 
-def seconds(work, *given, **how) -> float:
-    begun = time.perf_counter()
+def seconds(work, *given, **how) -> tuple:
+    "Of the clock, and of cores: of this process and of those that it started and that have ended, as local workers have."
+    core = lambda: sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    begun, used = time.perf_counter(), core()
     work(*given, **how)
-    return time.perf_counter() - begun
+    return time.perf_counter() - begun, core() - used
 
 
 def bytes_of(*folders) -> int: return sum(f.stat().st_size for folder in folders for f in Path(folder).rglob('*') if f.is_file())
@@ -52,14 +56,16 @@ def main(argv=None):
             read = {n: seconds(prepare, d, folder / f'{engine}_{n}', **how) for n, d in parts.items()}
             grade = {n: seconds(predict, run, d, folder / f'{engine}_out_{n}', 'cpu', **how) for n, d in parts.items()}
             for what, took in (('prepare', read), ('predict', grade)):
-                study = (took[args.studies] - took[few]) / (args.studies - few)
+                study, core = ((took[args.studies][k] - took[few][k]) / (args.studies - few) for k in (0, 1))
                 report.add(f'{what}, {engine}: studies an hour', 3600 / study, seconds=took)
-                report.add(f'{what}, {engine}: seconds before and after', took[few] - study * (few + 4 * (what == 'prepare')))
-                if what == 'prepare': report.add(f'{what}, {engine}: MB of DICOM a second and core', dicom / 1e6 / study / args.workers)
-                report.add(f'{what}, {engine}: core hours for a million studies like these', study * args.workers * MILLION / 3600)
+                report.add(f'{what}, {engine}: seconds before and after', took[few][0] - study * (few + 4 * (what == 'prepare')))
+                if engine == 'local':                                  # Ray's processes are not ours to ask
+                    report.add(f'{what}: core seconds a study', core)
+                    report.add(f'{what}: MB of DICOM a core second', dicom / 1e6 / core)
+                    report.add(f'{what}: core hours for a million studies like these', core * MILLION / 3600)
         cache = bytes_of(folder / f'{engine}_{args.studies}' / 'cache') / (args.studies + 4)
         rows = bytes_of(folder / f'{engine}_out_{args.studies}') / args.studies
-    report.add('MB of DICOM a study', dicom / 1e6, quiet=False)
+    report.add('MB of DICOM a study', dicom / 1e6)
     report.add('MB of cache a study', cache / 1e6)
     report.add('kB of submission.csv and provenance.csv a study', rows / 1e3)
     report.notes.append(f"a study of the competition has {REAL['gb'] * 1e3 / REAL['studies']:.1f} MB in {REAL['files'] / REAL['studies']:.0f} files")

@@ -103,7 +103,7 @@ def test_preparing_and_checking_on_ray_is_as_local(two, small_data, tmp_path):
 
 
 def late(job):
-    if job == 'late': time.sleep(60)
+    if job == 'late': time.sleep(600)
     return job
 
 
@@ -115,7 +115,7 @@ def test_errors_arrive_as_they_were_and_time_is_limited(two):
     with pytest.raises(ZeroDivisionError, match='by zero'): pooled(partial(divmod, 1), [1, 0, 2], 2, progress=False, engine=scattered)
     with pytest.raises(TableError, match='no networks here'): list(scattered(Failing(), [1, 2], 2))
     begun, answers = time.monotonic(), dict(scattered(Same(late), ['late', 'a', 'b'], 2, seconds=1))
-    assert answers[0] == Lost('it took longer than 1 s') and (answers[1], answers[2]) == ('a', 'b') and time.monotonic() - begun < 30
+    assert answers[0] == Lost('it took longer than 1 s') and (answers[1], answers[2]) == ('a', 'b') and time.monotonic() - begun < 300
     assert list(scattered(Same(late), [])) == []
 
 
