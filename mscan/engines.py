@@ -87,7 +87,7 @@ class Seat:
         except ray.exceptions.RayError as e: return 'ended', Lost(f'its worker on Ray was lost ({type(e).__name__})')
         return kind, pickle.loads(answer) if kind == 'answer' else answer
 
-# %% ../nbs/006_engines.ipynb #7ce459a6
+# %% ../nbs/006_engines.ipynb #04cf30c8
 def shares(
     ray, workers: int, threads: int, gpu: bool,
 ) -> tuple:   # workers, and what each of them asks for
@@ -97,7 +97,7 @@ def shares(
     gpus = int(have.get('GPU', 0)) if gpu else 0
     return workers, dict(num_cpus=threads, num_gpus=1 / math.ceil(workers / gpus) if gpus else 0)
 
-
+# %% ../nbs/006_engines.ipynb #1e0df2a6
 def scattered(
     start,               # () -> function of a job; called once in each worker
     jobs: list,

@@ -183,14 +183,13 @@ def load_study(
                                    t.instance_number.to_numpy(), t['stack'].to_numpy(), t.file.tolist(), normalised=True))
     return study
 
-# %% ../nbs/10_prepare.ipynb #e61fa778
+# %% ../nbs/10_prepare.ipynb #f1ee7a79
 def prepare(
     data_dir,                      # competition folder
     out,                           # folder for the products
     validation: float=.15,         # share of the training studies that checkpoints are chosen on
     test: float=.2,                # share held out; 0 where test_images carries the held-out studies
-    low: float=.5,                 # percentile that becomes black
-    high: float=99.5,              # percentile that becomes white
+    low: float=.5, high: float=99.5,  # percentiles that become black and white
     coords_csv: str='',            # a corrected table of coordinates
     seed: int=0,
     workers: int=2,
@@ -200,8 +199,7 @@ def prepare(
     folds_csv: str='',             # a user's own folds, see `mscan.split.read_folds`
     oof_csv: str='',               # held-out predictions that doubt labels, see `mscan.noise`
     drop_noisy: float=0.,          # leave out labels of the training part that are doubted by more than this; 0: off
-    engine: str='local',           # what reads, see `mscan.engines`
-    ray_address: str='',
+    engine: str='local', ray_address: str='',  # what reads, see `mscan.engines`
 ) -> SimpleNamespace:              # as `load_tables`
     "Read a competition folder into tables and a pixel cache; raises TableError where there is nothing to train on."
     out, answered = Path(out), engine_of(engine, ray_address)

@@ -22,7 +22,7 @@ def trains(
     "Whether a stage trains by `mscan.training.fit`, which divides its batches among processes."
     return any(re.search(r'^from mscan\.training import .*\bfit\b', source, re.M) for source, _ in notebook_cells(notebook))
 
-# %% ../nbs/081_ranks.ipynb #6ab4f6dd
+# %% ../nbs/081_ranks.ipynb #e28a6c2a
 LAUNCHED = ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'LOCAL_WORLD_SIZE', 'MASTER_ADDR')  # what a kernel has to know; with a port
 NO_LIMIT = timedelta(days=30)  # the others wait while the first one prepares data
 
@@ -63,6 +63,7 @@ class Crew:
         finally: os.environ.pop(PROCESSES)
 
 
+# %% ../nbs/081_ranks.ipynb #3c98b790
 def sweep(run_dir):
     "Removes the passing folders of processes that were ended."
     for left in Path(run_dir).glob('.process*_*'): shutil.rmtree(left, ignore_errors=True)
