@@ -14,7 +14,7 @@ from .contents import STEP_MM
 from .dicom import Series
 from .rsna import LEVELS
 
-# %% ../nbs/097_points.ipynb #0ea1cf1d
+# %% ../nbs/097_points.ipynb #32ee17dc
 GEOMETRY = ('ipp_x', 'ipp_y', 'ipp_z', 'row_x', 'row_y', 'row_z', 'col_x', 'col_y', 'col_z', 'row_mm', 'column_mm')
 
 
@@ -24,13 +24,11 @@ def slice_rows(
     turned=False,    # (n, 2) bool: columns, rows of the file were reversed, see `mscan.mirror.stored_reversed`
 ) -> pd.DataFrame:   # one row a slice
     "The rows of the `slices` table for one series."
-    sizes = series.shape.prod(1)
-    table = pd.DataFrame(dict(study_id=series.study_id, series_id=series.series_id, view=series.view, slice_i=np.arange(len(series)), stack=series.stack,
-                              instance_number=series.instance_number, file=series.files, rows=series.shape[:, 0], columns=series.shape[:, 1],
-                              offset=offset + np.concatenate([[0], np.cumsum(sizes)[:-1]])))
-    table[list(GEOMETRY)] = np.hstack([series.image_position, series.image_orientation, series.pixel_spacing])
-    table[['x_reversed', 'y_reversed']] = np.broadcast_to(turned, (len(series), 2))
-    return table
+    sizes, n = series.shape.prod(1), len(series)
+    known = dict(study_id=series.study_id, series_id=series.series_id, view=series.view, slice_i=np.arange(n), stack=series.stack, instance_number=series.instance_number,
+                 file=series.files, rows=series.shape[:, 0], columns=series.shape[:, 1], offset=offset + np.concatenate([[0], np.cumsum(sizes)[:-1]]))
+    geometry = dict(zip(GEOMETRY, np.hstack([series.image_position, series.image_orientation, series.pixel_spacing]).T, strict=True))
+    return pd.DataFrame(known | geometry | dict(zip(('x_reversed', 'y_reversed'), np.broadcast_to(turned, (n, 2)).T, strict=True)))
 
 # %% ../nbs/097_points.ipynb #0f551cea
 CORRECTION = ['study_id', 'series_id', 'condition', 'level', 'wrong', 'done']

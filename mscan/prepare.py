@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['noted', 'read_tables', 'series_report', 'remarks_on', 'study_report', 'note_labels', 'read_examined', 'read_any',
-           'cache_study', 'load_study', 'prepare', 'write_quality', 'note_coverage', 'load_tables', 'sentence']
+           'cache_study', 'jobs_of', 'read_studies', 'load_study', 'prepare', 'write_quality', 'note_coverage',
+           'load_tables', 'sentence']
 
-# %% ../nbs/10_prepare.ipynb #6617040e
+# %% ../nbs/10_prepare.ipynb #963908ef
 import json
 import sys
 import warnings
@@ -27,6 +28,7 @@ from .noise import drop_doubtful
 from .points import GEOMETRY, clean_points, slice_rows
 from .rsna import LEVELS, VIEWS, TableError, TableWarning, check_id, discover_studies, read_coordinates, read_descriptions, read_train
 from .split import read_folds, split_folds
+from .unchanged import fingerprint, listing, read_index, reading_code, unchanged, write_index
 from .workers import pooled
 
 # %% ../nbs/10_prepare.ipynb #1baa73c9
@@ -145,21 +147,55 @@ def read_any(
     elif not found.folder: named = {s.series_id for s in study.series if not any(p.startswith(f'series {s.series_id}: ') and 'assumed' in p for p in study.problems)}   # what headers say was asked when it was grouped
     return examine(study, found.folder or None, named, always)
 
-# %% ../nbs/10_prepare.ipynb #235b2817
+# %% ../nbs/10_prepare.ipynb #74b298f4
 def cache_study(
     job,  # data_dir, split, study_id, descriptions, cache folder, low and high percentile
 ):        # rows of `slices`, report
     "Read one study, bring it to 8 bits and to conventional storage, write its pixels, and hand back its rows and its report."
     data_dir, split, study_id, descriptions, cache, low, high = job
     study, findings = read_examined(data_dir, split, study_id, descriptions)
-    report, rows, pixels, offset = study_report(study, findings), [], [], 0
-    for series in study.series:
-        turned, series = stored_reversed(series), conventional(normalise(series, low, high))
-        rows.append(slice_rows(series, offset, turned))
-        pixels += [p.ravel() for p in series.pixels]
-        offset += int(series.shape.prod(1).sum())
-    with whole_files(Path(cache) / f'{study_id}.npy') as (half,): np.save(half, np.concatenate(pixels) if pixels else np.zeros(0, np.uint8))
+    report, rows, offset = study_report(study, findings), [], 0
+    size = int(sum(s.shape.prod(1).sum() for s in study.series))
+    with whole_files(Path(cache) / f'{study_id}.npy', lasting=False) as (half,), open(half, 'wb') as file:
+        np.lib.format.write_array_header_1_0(file, dict(descr='|u1', fortran_order=False, shape=(size,)))
+        while study.series:                                       # one series at a time is there in 8 bits
+            series = study.series.pop(0)
+            turned, series = stored_reversed(series), conventional(normalise(series, low, high))
+            rows.append(slice_rows(series, offset, turned))
+            for p in series.pixels: file.write(p)
+            offset += int(series.shape.prod(1).sum())
     return (pd.concat(rows) if rows else pd.DataFrame()), report
+
+# %% ../nbs/10_prepare.ipynb #14dd3448
+def jobs_of(
+    data_dir, tables: dict,  # split -> of `read_tables`
+    ids: dict,               # split -> studies to read
+    cache, low: float, high: float,
+) -> dict:                   # study -> (job of `cache_study`, what its result depends on)
+    "What is to be read."
+    out = {}
+    for split, studies in ids.items():
+        described = tables[split].descriptions
+        mine = {} if described is None else dict(tuple(described.groupby('study_id', sort=False)))
+        for s in studies:
+            own = None if described is None else mine.get(s, described.iloc[:0])
+            words = None if own is None else own[['series_id', 'view']].to_numpy().tolist()
+            key = fingerprint(reading_code(), split, low, high, words, listing(Path(data_dir) / f'{split}_images' / s))
+            out[s] = (str(data_dir), split, s, own, str(cache), low, high), key
+    return out
+
+
+def read_studies(
+    jobs: dict, cache,       # of `jobs_of`; folder of the pixel files
+    workers: int=2, progress: bool=True,
+):                           # study -> dict(key, report, rows), in the order of the jobs; how many were read
+    "Read what is new or changed, and note it."
+    known = read_index(cache)
+    todo = [s for s, (_, key) in jobs.items() if not unchanged(known, cache, s, key)]
+    fresh = dict(zip(todo, pooled(cache_study, [jobs[s][0] for s in todo], workers, 'read', progress), strict=True))
+    studies = {s: dict(key=key, rows=fresh[s][0], report=fresh[s][1]) if s in fresh else known[s] for s, (_, key) in jobs.items()}
+    if todo or set(known) != set(jobs): write_index(cache, studies)
+    return studies, len(todo)
 
 # %% ../nbs/10_prepare.ipynb #f036f5d4
 def load_study(
@@ -182,7 +218,7 @@ def load_study(
                                    t.instance_number.to_numpy(), t['stack'].to_numpy(), t.file.tolist(), normalised=True))
     return study
 
-# %% ../nbs/10_prepare.ipynb #84ed1015
+# %% ../nbs/10_prepare.ipynb #609736e5
 def prepare(
     data_dir,                      # competition folder
     out,                           # folder for the products
@@ -199,7 +235,7 @@ def prepare(
     folds_csv: str='',             # a user's own folds, see `mscan.split.read_folds`
     oof_csv: str='',               # held-out predictions that doubt labels, see `mscan.noise`
     drop_noisy: float=0.,          # leave out labels of the training part that are doubted by more than this; 0: off
-) -> SimpleNamespace:              # as `load_tables`
+) -> SimpleNamespace:              # as `load_tables`, and read: how many studies were new or changed
     "Read a competition folder into tables and a pixel cache; raises TableError where there is nothing to train on."
     out = Path(out)
     (out / 'cache').mkdir(parents=True, exist_ok=True)
@@ -208,10 +244,9 @@ def prepare(
     repeated = set(train.studies) & set(hidden.studies)
     notes = train.notes + hidden.notes + ([f'{len(repeated)} studies are in train_images and in test_images: they are left out of training'] if repeated else [])
     own = [s for s in train.studies if s not in repeated]
-    jobs = [(str(data_dir), split, s, t.descriptions, str(out / 'cache'), low, high)
-            for split, t, ids in (('train', train, own), ('test', hidden, hidden.studies)) for s in ids]
-    rows, reports = zip(*pooled(cache_study, jobs, workers, 'read', progress), strict=True)
-    slices = pd.concat(rows, ignore_index=True)
+    jobs = jobs_of(data_dir, dict(train=train, test=hidden), dict(train=own, test=hidden.studies), out / 'cache', low, high)
+    found, read = read_studies(jobs, out / 'cache', workers, progress)
+    reports, slices = [v['report'] for v in found.values()], pd.concat([v['rows'] for v in found.values()], ignore_index=True)
     if not len(slices): raise TableError(f'{data_dir}: no study has a readable series; mscan_check says why')
     labels = train.labels[train.labels.study_id.isin(own)].reset_index(drop=True)
     points, corrections = clean_points(train.points[train.points.study_id.isin(own)], slices, labels, notes)
@@ -219,15 +254,18 @@ def prepare(
     labels, noisy = drop_doubtful(labels, part, oof_csv, drop_noisy, notes)
     (out / 'doubtful_labels.csv').unlink(missing_ok=True)
     if drop_noisy: noisy.to_csv(out / 'doubtful_labels.csv', index=False)
-    studies = pd.DataFrame([dict(study_id=j[2], split=j[1], part=part.get(j[2], 'submission') if j[1] == 'train' else 'submission') for j in jobs])
+    studies = pd.DataFrame([dict(study_id=s, split=j[1], part=part.get(s, 'submission') if j[1] == 'train' else 'submission') for s, (j, _) in jobs.items()])
     studies['fold'] = studies.study_id.map(parts.fold).fillna(-1).astype(int)
-    series = slices.groupby(['study_id', 'series_id', 'view'], sort=False).agg(slices=('slice_i', 'size'), stacks=('stack', lambda s: s.max() + 1)).reset_index()
+    series = slices.groupby(['study_id', 'series_id', 'view'], sort=False).agg(slices=('slice_i', 'size'), stacks=('stack', 'max')).reset_index()
+    series['stacks'] += 1
     corrections.to_csv(out / 'corrections.csv', index=False)
     for name, table in dict(studies=studies, series=series, slices=slices, labels=labels, points=points).items():
         table.to_parquet(out / f'{name}.parquet', index=False)
     prior_table(labels[labels.study_id.isin(part.index[part == 'train'])]).to_csv(out / 'prior.csv', index=False)
     note_coverage(write_quality(out, notes, reports), reports)
-    return write_quality(out, notes, reports)
+    tables = write_quality(out, notes, reports)
+    tables.read = read
+    return tables
 
 # %% ../nbs/10_prepare.ipynb #c3a83755
 def write_quality(

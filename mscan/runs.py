@@ -252,10 +252,11 @@ def stage_record(
     return run_dir, dict(stage=stage, parameters=values, code=code_hash(notebook), commit=git_commit(), seeds=seeds,
                          inputs=inputs, products={}, metrics={})
 
-# %% ../nbs/07_runs.ipynb #810fe47e
+# %% ../nbs/07_runs.ipynb #c4f4d3c6
 def open_folder(
-    folder, # the stage's folder
-    record, # written into it as the mark of an unfinished stage
+    folder,  # the stage's folder
+    record,  # written into it as the mark of an unfinished stage
+    keep=(), # names in it that the stage itself checks before it uses them
 ):
     "Makes or empties a stage's folder, but for the notebook that papermill is writing. Raises `RunError` for a folder no stage made."
     old = [p for p in folder.iterdir() if p.name != f'{folder.name}.ipynb'] if folder.is_dir() else []
@@ -264,11 +265,11 @@ def open_folder(
     folder.mkdir(parents=True, exist_ok=True)
     (folder/UNFINISHED).write_text(json.dumps(plain(record), indent=1), encoding='utf-8')
     (folder/MANIFEST).unlink(missing_ok=True)
-    for p in old:
+    for p in (p for p in old if p.name not in keep):
         if p.is_dir() and not p.is_symlink(): shutil.rmtree(p)
         elif p.name != UNFINISHED: p.unlink(missing_ok=True)
 
-# %% ../nbs/07_runs.ipynb #4d9b4225
+# %% ../nbs/07_runs.ipynb #78b9f179
 @dataclass
 class Stage:
     "A stage at work. Made by `Stage.begin`, closed by `finish`."
@@ -278,10 +279,10 @@ class Stage:
     started: float # clock at the start, s
 
     @classmethod
-    def begin(cls, stage, namespace, nbs=None) -> 'Stage':
-        "First line of a run part, as `Stage.begin('20_keypoints', globals())`: takes the parameters, empties the stage's folder."
+    def begin(cls, stage, namespace, nbs=None, keep=()) -> 'Stage':
+        "First line of a run part, as `Stage.begin('20_keypoints', globals())`: takes the parameters, empties the stage's folder but for `keep`."
         run_dir, record = stage_record(stage, namespace, nbs)
-        open_folder(run_dir/stage, record)
+        open_folder(run_dir/stage, record, keep)
         return cls(run_dir, stage, record, time.perf_counter())
 
     @property
