@@ -14,7 +14,7 @@ import matplotlib
 import numpy as np
 import pydicom
 from pydicom.encaps import encapsulate
-from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian, JPEGBaseline8Bit, RLELossless
+from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian, JPEGBaseline8Bit
 
 from mscan.phantom import phantom_study, write_study
 from mscan.pixels import parse, picture, stop_apart
@@ -72,18 +72,23 @@ def theirs(data, plugin):
     return dataset.pixel_array
 
 
+def ours(data, plugin=None): return picture(parse(data))
+
+
+def seconds(work, *args):
+    start = time.perf_counter()
+    work(*args)
+    return time.perf_counter() - start
+
+
 def measure(slices, repeats):
     "name -> (ours, theirs): (repeats, slices) seconds. Raises AssertionError where the two differ."
     times = {name: (np.empty((repeats, len(slices))), np.empty((repeats, len(slices)))) for name in slices[0]}
-    for name in times:
+    for name, both in times.items():
         for i, of in enumerate(slices):
-            data, plugin = of[name]
-            assert np.array_equal(picture(parse(data)), theirs(data, plugin)), name          # and the other process is up
+            assert np.array_equal(ours(*of[name]), theirs(*of[name])), name                # and the other process is up
             for r in range(repeats):
-                for k, work in enumerate((lambda: picture(parse(data)), lambda: theirs(data, plugin))[::-1 if r % 2 else 1]):
-                    start = time.perf_counter()
-                    work()
-                    times[name][1 - k if r % 2 else k][r, i] = time.perf_counter() - start
+                for k in (0, 1) if r % 2 else (1, 0): both[k][r, i] = seconds((ours, theirs)[k], *of[name])
     stop_apart()
     return times
 
@@ -116,11 +121,11 @@ def main(argv=None):
     load = os.getloadavg()[0]
     times = measure(slices, args.repeats)
     report = Report('speed_decode', args, f'{args.slices} slices of a phantom study, seed {args.seed}, size {args.size} ({np.mean(sizes):.0f} pixels a slice); {args.repeats} repetitions, least and largest over slices in place of an interval')
-    for name, (ours, other) in times.items():
-        ratio = np.median(ours / other, 0)                                                       # (slices,)
+    for name, (here, there) in times.items():
+        ratio = np.median(here / there, 0)                                                       # (slices,)
         limit = {'RLE': RLE_AT_MOST, "RLE, pydicom's own decoder": 1 / RLE_GAIN}.get(name)
-        report.add(f'{name}: ms here / there', (float(np.median(ratio)), float(ratio.min()), float(ratio.max())), f'median <= {limit}' if limit else '', np.median(ratio) <= limit if limit else None, here_ms=1e3 * np.median(ours), there_ms=1e3 * np.median(other))
-        report.add(f'{name}: slices a second here', 1 / np.median(ours)); report.add(f'{name}: slices a second there', 1 / np.median(other))
+        report.add(f'{name}: ms here / there', (float(np.median(ratio)), float(ratio.min()), float(ratio.max())), f'median <= {limit}' if limit else '', np.median(ratio) <= limit if limit else None, here_ms=1e3 * np.median(here), there_ms=1e3 * np.median(there))
+        report.add(f'{name}: slices a second here', 1 / np.median(here)); report.add(f'{name}: slices a second there', 1 / np.median(there))
     report.notes.append(f'load of the machine (one minute) before and after: {load:.1f}, {os.getloadavg()[0]:.1f}')
     draw(times, args.out.with_suffix('.png'))
     return report.finish()

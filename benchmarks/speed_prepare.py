@@ -69,14 +69,14 @@ def enlarged(data, side, workers):
     return out
 
 
-def timed(work):
-    "Seconds."
+def timed(work, *args):
+    "Seconds, and what it returns."
     start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
+    result = work(*args)
+    return time.perf_counter() - start, result
 
 
-def measure(data, workers, repeats, say=lambda text: None):
+def measure(data, workers, repeats, say=print):
     "(repeats, 3) seconds of KINDS, and how many files and pixels there are."
     files = [str(f) for f in sorted(data.glob('*_images/*/*/*.dcm'))]
     bare, seconds = Bare(workers), []
@@ -85,16 +85,12 @@ def measure(data, workers, repeats, say=lambda text: None):
         again = lambda: prepare(data, out, validation=.2, test=.2, workers=workers, progress=False)
         bare.read(files); again()                                                  # warm: imports, files in the system's cache
         for k in range(repeats):
-            shutil.rmtree(out); out.mkdir()
-            row = [timed(lambda: bare.read(files)), timed(again)]
-            tables = None
-            def second():
-                nonlocal tables
-                tables = again()
-            row.append(timed(second))
+            shutil.rmtree(out)
+            out.mkdir()
+            (alone, _), (first, _), (second, tables) = timed(bare.read, files), timed(again), timed(again)
             if tables.read: raise RuntimeError(f'the second prepare has read {tables.read} studies')
-            seconds.append(row)
-            say(f'{k + 1} of {repeats}: ' + ', '.join(f'{n} {s:.2f} s' for n, s in zip(KINDS, row, strict=True)))
+            seconds.append((alone, first, second))
+            say(f'{k + 1} of {repeats}: ' + ', '.join(f'{n} {s:.2f} s' for n, s in zip(KINDS, seconds[-1], strict=True)))
         size = int((tables.slices['rows'] * tables.slices['columns']).sum())
     bare.close()
     return np.array(seconds), len(files), size

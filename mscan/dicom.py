@@ -9,7 +9,7 @@ __all__ = ['STACK_TOLERANCE_DEG', 'SAME_FIELD', 'RISING', 'MAX_AWAY_MM', 'SPACIN
            'shown_name', 'slice_files', 'read_slices', 'one_plane', 'one_each', 'number_all', 'read_series',
            'read_study']
 
-# %% ../nbs/01_dicom.ipynb #6bcb90d0
+# %% ../nbs/01_dicom.ipynb #e4f6267d
 import os
 import re
 import warnings
@@ -18,7 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
-from .pixels import GDCM, DecoderDied, DicomError, file_bytes, parse, parse_head, picture, pixel_facts, said, value_of
+from .headers import DicomError, file_bytes, parse, parse_head, said, value_of
+from .pixels import GDCM, DecoderDied, picture, pixel_facts
 from .rsna import VIEWS, read_descriptions
 
 # %% ../nbs/01_dicom.ipynb #88b5cd11

@@ -7,7 +7,7 @@ __all__ = ['MAX_TEXT', 'DIRECTORY', 'TEXTS', 'NUMBERS', 'HEAD_TAGS', 'SHORT_ECHO
            'STIR_MS', 'FLAIR_MS', 'SAME_PLANE', 'LOCALISER', 'DERIVED', 'read_head', 'planes_of', 'contrast_of',
            'view_of']
 
-# %% ../nbs/020_heads.ipynb #b8ad9d35
+# %% ../nbs/020_heads.ipynb #e108852a
 import os
 import re
 from collections import Counter
@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import numpy as np
 from pydicom.tag import Tag
 
-from .pixels import DicomError, parse_head, value_of
+from .headers import DicomError, parse_head, value_of
 
 # %% ../nbs/020_heads.ipynb #703dd414
 MAX_TEXT = 128      # characters that are kept of an element

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['noted', 'read_tables', 'series_report', 'remarks_on', 'study_report', 'note_labels', 'read_examined', 'read_any',
-           'cache_study', 'jobs_of', 'read_studies', 'load_study', 'prepare', 'write_quality', 'note_coverage',
-           'load_tables', 'sentence']
+           'cache_study', 'jobs_of', 'read_studies', 'load_study', 'read_folder', 'prepare', 'write_quality',
+           'note_coverage', 'load_tables', 'sentence']
 
 # %% ../nbs/10_prepare.ipynb #963908ef
 import json
@@ -218,7 +218,22 @@ def load_study(
                                    t.instance_number.to_numpy(), t['stack'].to_numpy(), t.file.tolist(), normalised=True))
     return study
 
-# %% ../nbs/10_prepare.ipynb #609736e5
+# %% ../nbs/10_prepare.ipynb #c9506c5f
+def read_folder(
+    data_dir, cache,                        # competition folder; folder of the pixel files
+    low: float, high: float,
+    coords_csv: str='', workers: int=2, progress: bool=True,
+):                                          # tables of the training part, ids of its studies (set), notes, studies of `read_studies`, how many were read
+    "The tables and the studies of a competition folder; raises TableError where there is nothing to train on."
+    train, hidden = read_tables(data_dir, 'train', coords_csv), read_tables(data_dir, 'test')
+    if not train.studies: raise TableError(f'{data_dir}: no study of train.csv has images in train_images/')
+    repeated = set(train.studies) & set(hidden.studies)
+    notes = train.notes + hidden.notes + ([f'{len(repeated)} studies are in train_images and in test_images: they are left out of training'] if repeated else [])
+    own = [s for s in train.studies if s not in repeated]
+    jobs = jobs_of(data_dir, dict(train=train, test=hidden), dict(train=own, test=hidden.studies), cache, low, high)
+    return train, set(own), notes, *read_studies(jobs, cache, workers, progress)
+
+# %% ../nbs/10_prepare.ipynb #6796d7ee
 def prepare(
     data_dir,                      # competition folder
     out,                           # folder for the products
@@ -239,13 +254,7 @@ def prepare(
     "Read a competition folder into tables and a pixel cache; raises TableError where there is nothing to train on."
     out = Path(out)
     (out / 'cache').mkdir(parents=True, exist_ok=True)
-    train, hidden = read_tables(data_dir, 'train', coords_csv), read_tables(data_dir, 'test')
-    if not train.studies: raise TableError(f'{data_dir}: no study of train.csv has images in train_images/')
-    repeated = set(train.studies) & set(hidden.studies)
-    notes = train.notes + hidden.notes + ([f'{len(repeated)} studies are in train_images and in test_images: they are left out of training'] if repeated else [])
-    own = [s for s in train.studies if s not in repeated]
-    jobs = jobs_of(data_dir, dict(train=train, test=hidden), dict(train=own, test=hidden.studies), out / 'cache', low, high)
-    found, read = read_studies(jobs, out / 'cache', workers, progress)
+    train, own, notes, found, read = read_folder(data_dir, out / 'cache', low, high, coords_csv, workers, progress)
     reports, slices = [v['report'] for v in found.values()], pd.concat([v['rows'] for v in found.values()], ignore_index=True)
     if not len(slices): raise TableError(f'{data_dir}: no study has a readable series; mscan_check says why')
     labels = train.labels[train.labels.study_id.isin(own)].reset_index(drop=True)
@@ -254,7 +263,7 @@ def prepare(
     labels, noisy = drop_doubtful(labels, part, oof_csv, drop_noisy, notes)
     (out / 'doubtful_labels.csv').unlink(missing_ok=True)
     if drop_noisy: noisy.to_csv(out / 'doubtful_labels.csv', index=False)
-    studies = pd.DataFrame([dict(study_id=s, split=j[1], part=part.get(s, 'submission') if j[1] == 'train' else 'submission') for s, (j, _) in jobs.items()])
+    studies = pd.DataFrame([dict(study_id=s, split='train' if s in own else 'test', part=part.get(s, 'submission') if s in own else 'submission') for s in found])
     studies['fold'] = studies.study_id.map(parts.fold).fillna(-1).astype(int)
     series = slices.groupby(['study_id', 'series_id', 'view'], sort=False).agg(slices=('slice_i', 'size'), stacks=('stack', 'max')).reset_index()
     series['stacks'] += 1

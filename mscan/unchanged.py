@@ -46,8 +46,8 @@ def fingerprint(
     "16 digits that change with any of the parts."
     return hashlib.sha256(repr(parts).encode('utf-8', 'backslashreplace')).hexdigest()[:16]
 
-# %% ../nbs/098_unchanged.ipynb #c695b754
-READERS = ('contents', 'dicom', 'files', 'geometry', 'images', 'mirror', 'pixels', 'points', 'prepare', 'rsna', 'unchanged')  # modules between a file and the cache
+# %% ../nbs/098_unchanged.ipynb #555c5a16
+READERS = ('contents', 'dicom', 'files', 'geometry', 'headers', 'images', 'mirror', 'pixels', 'points', 'prepare', 'rsna', 'unchanged')  # modules between a file and the cache
 DECODERS = ('pydicom', 'pylibjpeg-rle', 'python-gdcm', 'numpy', 'opencv-python-headless')
 
 
