@@ -64,7 +64,7 @@ def locate_points(
     merged['slice_i'] = merged.slice_i.astype(int)
     return merged[PLACED], pd.concat(fixes, ignore_index=True)
 
-# %% ../nbs/097_points.ipynb #c47e6ab4
+# %% ../nbs/097_points.ipynb #d24033d4
 BELONGS = dict(spinal='sagittal_t2', foraminal='sagittal_t1', subarticular='axial_t2')   # a word of the condition -> view
 CARRY_MM = 5.       # a sagittal gap at most: farther away the point is on no slice
 
@@ -77,7 +77,8 @@ def carry_points(
     slices: pd.DataFrame,
 ):                         # points, corrections
     "Carry points on a series of another view to the view where they belong, through patient space."
-    wrong, by_study, moved, fixes = points[_belongs(points.condition) != points['view']], dict(tuple(slices.groupby('study_id'))), [], []
+    wrong, moved, fixes = points[_belongs(points.condition) != points['view']], [], []
+    by_study = dict(tuple(slices[slices.study_id.isin(wrong.study_id)].groupby('study_id')))
     for i, p in wrong.iterrows():
         t = by_study[p.study_id]
         t = t[t['view'] == _belongs(pd.Series([p.condition]))[0]]

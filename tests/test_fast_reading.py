@@ -177,9 +177,9 @@ def prepared(data, out, **more):
 
 
 def products(out):
-    "sha256 of each product; of the cache its pixels and its two tables."
+    "sha256 of each product; what notes times is left out."
     out, found = Path(out), {}
-    for f in sorted(p for p in out.rglob('*') if p.is_file() and p.name != 'index.json'): found[f.relative_to(out).as_posix()] = hashlib.sha256(f.read_bytes()).hexdigest()
+    for f in sorted(p for p in out.rglob('*') if p.is_file() and p.name not in ('index.json', 'settled.json')): found[f.relative_to(out).as_posix()] = hashlib.sha256(f.read_bytes()).hexdigest()
     return found
 
 
@@ -233,7 +233,10 @@ def test_only_what_changed_is_read_again(data, tmp_path, opened):
 
 def test_other_code_reads_again(data, tmp_path, monkeypatch):
     prepared(data, tmp_path / 'out')
-    monkeypatch.setattr(prepare, 'reading_code', lambda: 'other')
+    monkeypatch.setattr(prepare, 'package_code', lambda: 'tables made otherwise')
+    assert prepared(data, tmp_path / 'out').read == 0
+    monkeypatch.setattr(prepare, 'package_code', lambda: 'a decoder of another version')
+    monkeypatch.setattr(prepare, 'reading_code', lambda: 'a decoder of another version')
     assert prepared(data, tmp_path / 'out').read == 8
 
 
@@ -265,7 +268,20 @@ def test_an_index_that_is_damaged_costs_a_reading_and_nothing_else(data, tmp_pat
     prepared(data, tmp_path / 'out')
     before, file = products(tmp_path / 'out'), tmp_path / 'out' / 'cache' / harm
     file.write_bytes(file.read_bytes()[:-30])
+    (tmp_path / 'out' / 'cache' / 'settled.json').write_text('{"key": ')
     assert prepared(data, tmp_path / 'out').read == 8 and products(tmp_path / 'out') == before
+
+
+def test_with_nothing_to_do_nothing_is_done_and_a_missing_product_is_made_again(data, tmp_path, monkeypatch):
+    prepared(data, tmp_path / 'out')
+    before, real, calls = products(tmp_path / 'out'), prepare.write_tables, []
+    monkeypatch.setattr(prepare, 'write_tables', lambda *args: calls.append(1) or real(*args))
+    assert prepared(data, tmp_path / 'out').read == 0 and not calls
+    table = (data / 'train.csv').read_bytes()
+    for spoil in (lambda: (tmp_path / 'out' / 'points.parquet').unlink(), lambda: (tmp_path / 'out' / 'prior.csv').write_text('condition,level'), lambda: (data / 'train.csv').write_bytes(table + b'\n')):
+        spoil()
+        assert prepared(data, tmp_path / 'out').read == 0 and calls.pop() == 1
+        assert products(tmp_path / 'out') == before or (data / 'train.csv').read_bytes() != table
 
 
 def test_an_interrupted_reading_leaves_nothing_half(data, tmp_path, monkeypatch):
