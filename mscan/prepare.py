@@ -166,7 +166,7 @@ def cache_study(
             offset += int(series.shape.prod(1).sum())
     return (pd.concat(rows) if rows else pd.DataFrame()), report
 
-# %% ../nbs/10_prepare.ipynb #34a79a25
+# %% ../nbs/10_prepare.ipynb #8494ebe9
 TABLES = tuple(f'{name}.csv' for name in ('train', 'train_label_coordinates', 'train_series_descriptions', 'test_series_descriptions'))
 
 
@@ -184,7 +184,7 @@ def jobs_of(
         for s in studies:
             own = None if described is None else mine.get(s, described.iloc[:0])
             words = None if own is None else own[['series_id', 'view']].to_numpy().tolist()
-            key = fingerprint(reading_code(), split, low, high, words, listed[split][s])
+            key = fingerprint(reading_code(), split, low, high, words, listed[split].get(s))
             out[s] = (str(data_dir), split, s, own, str(cache), low, high), key
     return out
 
