@@ -11,7 +11,7 @@ export YOLO_AUTOINSTALL = 0
 
 BENCHMARKS ?= prevalence intersections difficulty views scanners shortcuts localiser
 
-SPEED ?= speed_decode speed_prepare
+SPEED ?= speed_decode speed_prepare speed_networks speed_stage3 speed_inference speed_growth
 
 SCIENCE ?= runs/science
 
@@ -67,7 +67,7 @@ test-all: setup
 benchmarks: setup
 	for b in $(BENCHMARKS); do $(BIN)/python -m benchmarks.$$b --check || exit 1; done
 
-# How fast is it? A machine with nothing else to do; tables, JSON and pictures in runs/benchmarks. See benchmarks/README.md.
+# How fast is it? For a machine with nothing else to do; the last two take the run of `make demo`. Tables, JSON and pictures lie in runs/benchmarks. See benchmarks/README.md.
 speed: setup
 	for b in $(SPEED); do $(BIN)/python -m benchmarks.$$b --check || exit 1; done
 

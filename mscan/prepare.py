@@ -201,7 +201,7 @@ def read_studies(
     if todo or set(known) != set(jobs): write_index(cache, studies)
     return studies, len(todo)
 
-# %% ../nbs/10_prepare.ipynb #95e78dfb
+# %% ../nbs/10_prepare.ipynb #e297bd18
 def split_rows(
     slices: pd.DataFrame,  # the rows of each study stand together, as they are written
 ) -> dict:                 # study -> its rows
@@ -214,14 +214,15 @@ def split_rows(
 
 def stored_series(
     study_id: str,
-    rows: pd.DataFrame,  # of one study
-    pixels=None,         # its flat cache; None: geometry alone
-) -> list:               # normalised `Series`
+    rows,            # columns of the study's part of the `slices` table
+    pixels=None,     # its flat cache; None: geometry alone
+) -> list:           # normalised `Series`
     "The series that rows of the `slices` table describe."
     groups, out = {}, []
-    for i, key in enumerate(zip(rows.series_id.tolist(), rows['view'].tolist(), strict=True)): groups.setdefault(key, []).append(i)
-    shape, geometry, files = rows[['rows', 'columns']].to_numpy(), rows[list(GEOMETRY)].to_numpy(), rows.file.tolist()
-    offset, number, stack = (rows[c].to_numpy() for c in ('offset', 'instance_number', 'stack'))
+    for i, key in enumerate(zip(rows['series_id'], rows['view'], strict=True)): groups.setdefault(key, []).append(i)
+    shape, geometry = np.stack([rows['rows'], rows['columns']], 1), np.stack([rows[c] for c in GEOMETRY], 1)
+    offset, number, stack = (np.asarray(rows[c]) for c in ('offset', 'instance_number', 'stack'))
+    files = list(rows['file'])
     for (series_id, view), i in groups.items():
         images = [] if pixels is None else [pixels[o:o + r * c].reshape(r, c) for o, (r, c) in zip(offset[i], shape[i], strict=True)]
         g = geometry[i]
@@ -261,7 +262,7 @@ def read_folder(
     jobs = jobs_of(data_dir, dict(train=train, test=hidden), dict(train=own, test=hidden.studies), listed, cache, low, high)
     return train, set(own), notes, *read_studies(jobs, cache, workers, progress)
 
-# %% ../nbs/10_prepare.ipynb #e6b34b7d
+# %% ../nbs/10_prepare.ipynb #8f71e0f0
 def note_coverage(
     reports: list,          # of `study_report`; their remarks get sentences
     labels: pd.DataFrame, points: pd.DataFrame, slices: pd.DataFrame,  # the tables
@@ -269,12 +270,13 @@ def note_coverage(
     "Say of each labelled study which conditions have no grade, and which levels no image of a view shows."
     note_labels(labels, reports)
     canal = points[points.condition == 'spinal_canal_stenosis'].drop_duplicates(['study_id', 'level'])
-    studies, rows = list(dict.fromkeys(canal.study_id)), split_rows(slices)
+    studies, columns = list(dict.fromkeys(canal.study_id)), {c: slices[c].to_numpy() for c in slices}
+    rows = pd.Series(np.arange(len(slices))).groupby(columns['study_id']).indices
     xyz = np.full((len(studies), len(LEVELS), 3), np.nan)
     xyz[pd.Index(studies).get_indexer(canal.study_id), canal.level.map(LEVELS.index).to_numpy(int)] = canal[['x_mm', 'y_mm', 'z_mm']].to_numpy()
     places = dict(zip(studies, xyz, strict=True))
     for r in reports:
-        if (s := r['study_id']) in places and s in rows: r['remarks'] += out_of_view(Study(s, stored_series(s, rows[s])), places[s])
+        if (s := r['study_id']) in places and s in rows: r['remarks'] += out_of_view(Study(s, stored_series(s, {c: v[rows[s]] for c, v in columns.items()})), places[s])
 
 # %% ../nbs/10_prepare.ipynb #52128f80
 def write_tables(
