@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -336,3 +337,20 @@ def test_the_stage_keeps_its_cache_and_nothing_else(data, tmp_path):
     second = run(1)
     assert first.metrics['studies_read'] == 8 and second.metrics['studies_read'] == 0 and not (first.dir / 'left').exists() and not second.changed()
     assert json.loads((second.dir / 'quality.json').read_text())['studies']
+
+
+def test_many_studies_need_no_more_memory_than_one(data, tmp_path):
+    "One worker's peak after all studies once and after all of them five times more."
+    code = f"""import resource, sys
+from pathlib import Path
+from mscan import prepare
+tables = prepare.read_tables({str(data)!r})
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def all_of_them():
+    for s in tables.studies: prepare.cache_study(({str(data)!r}, 'train', s, tables.descriptions, {str(tmp_path)!r}, .5, 99.5))
+start = peak(); all_of_them(); once = peak()
+for _ in range(5): all_of_them()
+print(start, once, peak())"""
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env=os.environ | dict(OMP_NUM_THREADS='1', PYTHONPATH=str(ROOT)))
+    start, once, often = map(float, done.stdout.split())
+    assert often - once < 10 and once - start < 100, (done.stdout, done.stderr[-300:])
