@@ -20,22 +20,24 @@ import pandas as pd
 from .dicom import MAX_NESTED
 from .files import forced, whole_files
 
-# %% ../nbs/098_unchanged.ipynb #84cb8b31
+# %% ../nbs/098_unchanged.ipynb #12557204
 def listing(
     folder,
 ) -> list:   # sorted (place in the folder, kind and rights, bytes, time of change in ns)
     "All that lies below a study's folder. Raises nothing."
-    times, rows, todo = os.environ.get('MSCAN_DATA_TIMES') != '0', [], [('', 0)]
+    times, rows, todo, seen = os.environ.get('MSCAN_DATA_TIMES') != '0', [], [('', 0)], set()
     while todo:
         below, depth = todo.pop()
         try:
-            with os.scandir(os.path.join(folder, below)) as entries: inside = list(entries)
+            with os.scandir(os.path.join(folder, below)) as entries: inside = sorted(entries, key=lambda e: e.name)
         except OSError as e: rows.append((below, -1, e.errno, 0)); continue
         for entry in inside:
             place = os.path.join(below, entry.name)
             try: s = entry.stat()
             except OSError as e: rows.append((place, -1, e.errno, 0)); continue
-            if stat.S_ISDIR(s.st_mode) and depth <= MAX_NESTED: todo.append((place, depth + 1))
+            if stat.S_ISDIR(s.st_mode) and depth <= MAX_NESTED and (s.st_dev, s.st_ino) not in seen:
+                seen.add((s.st_dev, s.st_ino))                        # a link to a folder above ends here
+                todo.append((place, depth + 1))
             else: rows.append((place, s.st_mode, s.st_size, s.st_mtime_ns if times else 0))
     return sorted(rows)
 
