@@ -127,7 +127,7 @@ def main(argv=None):
     p.add_argument('--side', type=int, default=512, help='columns of the enlarged slices; 0: only the phantom as it is')
     args = p.parse_args(argv)
     data = RUNS / 'speed_data' / f'{args.size}_{args.seed}_{args.studies}'
-    make_phantom(data, studies=args.studies - 2, test_studies=2, seed=args.seed, size=args.size, prevalence=args.prevalence, workers=args.workers)
+    make_phantom(data, studies=args.studies - 4, test_studies=4, seed=args.seed, size=args.size, prevalence=args.prevalence, workers=args.workers)
     sets = {'phantom as it is': data} | ({f'enlarged to {args.side} columns': enlarged(data, args.side, args.workers)} if args.side else {})
     report = Report('speed_prepare', args, f'{data_of(args)}; {args.workers} processes on either side, {args.repeats} repetitions, least and largest in place of an interval')
     found, load = {}, [os.getloadavg()[0]]
