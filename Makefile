@@ -11,11 +11,13 @@ export YOLO_AUTOINSTALL = 0
 
 BENCHMARKS ?= prevalence intersections difficulty views scanners shortcuts localiser
 
+SPEED ?= speed_decode speed_prepare speed_networks speed_stage3 speed_inference speed_growth
+
 SCIENCE ?= runs/science
 
 KAGGLE_USER ?= your-kaggle-name
 
-.PHONY: setup demo proof science kaggle test test-all benchmarks lessons lock clean
+.PHONY: setup demo proof science kaggle test test-all benchmarks speed lessons lock clean
 
 setup: $(STAMP)
 
@@ -64,6 +66,10 @@ test-all: setup
 # Is the phantom worth learning from? About an hour; the last one needs the run of `make demo`. See benchmarks/README.md.
 benchmarks: setup
 	for b in $(BENCHMARKS); do $(BIN)/python -m benchmarks.$$b --check || exit 1; done
+
+# How fast is it? For a machine with nothing else to do; the last two take the run of `make demo`. Tables, JSON and pictures lie in runs/benchmarks. See benchmarks/README.md.
+speed: setup
+	for b in $(SPEED); do $(BIN)/python -m benchmarks.$$b --check || exit 1; done
 
 # Run the lessons of every notebook (or N=name) and store what they show; the run parts are left alone.
 lessons: setup

@@ -257,10 +257,11 @@ def trainings() -> list:
     "What the trainings of this process cost, of `mscan.training`, which is not imported for it."
     return getattr(sys.modules.get('mscan.training'), 'TRAININGS', [])
 
-# %% ../nbs/07_runs.ipynb #810fe47e
+# %% ../nbs/07_runs.ipynb #d978e385
 def open_folder(
-    folder, # the stage's folder
-    record, # written into it as the mark of an unfinished stage
+    folder,  # the stage's folder
+    record,  # written into it as the mark of an unfinished stage
+    keep=(), # names in it that the stage itself checks before it uses them
 ):
     "Makes or empties a stage's folder, but for the notebook that papermill is writing. Raises `RunError` for a folder no stage made."
     old = [p for p in folder.iterdir() if p.name != f'{folder.name}.ipynb'] if folder.is_dir() else []
@@ -269,11 +270,11 @@ def open_folder(
     folder.mkdir(parents=True, exist_ok=True)
     (folder/UNFINISHED).write_text(json.dumps(plain(record), indent=1), encoding='utf-8')
     (folder/MANIFEST).unlink(missing_ok=True)
-    for p in old:
+    for p in (p for p in old if p.name not in keep):
         if p.is_dir() and not p.is_symlink(): shutil.rmtree(p)
         elif p.name != UNFINISHED: p.unlink(missing_ok=True)
 
-# %% ../nbs/07_runs.ipynb #7571d461
+# %% ../nbs/07_runs.ipynb #ef2e09ad
 @dataclass
 class Stage:
     "A stage at work. Made by `Stage.begin`, closed by `finish`."
@@ -283,10 +284,10 @@ class Stage:
     started: float # clock at the start, s
 
     @classmethod
-    def begin(cls, stage, namespace, nbs=None) -> 'Stage':
-        "First line of a run part, as `Stage.begin('20_keypoints', globals())`: takes the parameters, empties the stage's folder."
+    def begin(cls, stage, namespace, nbs=None, keep=()) -> 'Stage':
+        "First line of a run part, as `Stage.begin('20_keypoints', globals())`: takes the parameters, empties the stage's folder but for `keep`."
         run_dir, record = stage_record(stage, namespace, nbs)
-        open_folder(run_dir/stage, record)
+        open_folder(run_dir/stage, record, keep)
         trainings().clear()                                     # those of the lessons before
         return cls(run_dir, stage, record, time.perf_counter())
 
