@@ -1,10 +1,8 @@
-"""Writes the tables of docs/presets.md: every parameter of every stage, from the notebooks' `parameters` cells and the presets' YAML.
+"""Writes what pages take from elsewhere: every parameter of every stage into docs/presets.md (from the notebooks' `parameters` cells and the presets' YAML), and README's table of results into docs/model-card.md.
 
-    python docs/parameters.py            # rewrites the part between the markers
-    python docs/parameters.py --check    # exit code 1 where the page is not current
+    python docs/parameters.py    # rewrites what stands between the markers
 """
 import io
-import sys
 import tokenize
 from pathlib import Path
 
@@ -56,15 +54,31 @@ def tables() -> list:
     return lines
 
 
-def current(text: str) -> str:
-    "The page with its tables as they should be."
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return '\n'.join([before + BEGIN, '', *tables()]) + END + after
+def between(text: str, begin: str, end: str, lines: list) -> str:
+    "A text with other lines between two markers."
+    before, _, rest = text.partition(begin)
+    return '\n'.join([before + begin, '', *lines]) + end + rest.partition(end)[2]
+
+
+def readme_tables(marker: str) -> list:
+    "Lines of README between two markers."
+    readme = (PAGE.parents[1] / 'README.md').read_text(encoding='utf-8')
+    return readme.split(f'<!-- {marker} -->')[1].split(f'<!-- /{marker} -->')[0].strip().split('\n')
+
+
+def card(text: str) -> str:
+    "The model card with the first table of README's proof."
+    lines = readme_tables('proof')
+    return between(text, COPIED, END_COPIED, [*lines[:lines.index('')], ''])
+
+
+COPIED, END_COPIED = '<!-- copied from README by docs/parameters.py -->', '<!-- /copied -->'
+WRITERS = {PAGE: lambda text: between(text, BEGIN, END, tables()), PAGE.with_name('model-card.md'): card}   # page -> what it should be
 
 
 if __name__ == '__main__':
-    old = PAGE.read_text(encoding='utf-8')
-    new = current(old)
-    if '--check' in sys.argv: sys.exit(f'{PAGE.name} is not current: python docs/parameters.py' if new != old else 0)
-    PAGE.write_text(new, encoding='utf-8')
+    stale = []
+    for page, write in WRITERS.items():
+        old = page.read_text(encoding='utf-8')
+        if write(old) != old: stale.append(page.name); page.write_text(write(old), encoding='utf-8')
+    print('\n'.join(f'rewritten: {name}' for name in stale) or 'all current')
