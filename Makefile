@@ -15,7 +15,7 @@ SCIENCE ?= runs/science
 
 KAGGLE_USER ?= your-kaggle-name
 
-.PHONY: setup demo proof science kaggle test test-all benchmarks lessons lock clean
+.PHONY: setup demo proof science kaggle test test-all benchmarks lessons docs lock clean
 
 setup: $(STAMP)
 
@@ -69,6 +69,11 @@ benchmarks: setup
 lessons: setup
 	$(BIN)/python tests/lessons.py $(N)
 	$(BIN)/nbdev_clean
+
+# Rewrite what pages take from notebooks, presets and README.
+docs: setup
+	$(BIN)/python docs/parameters.py
+	$(BIN)/python docs/needs.py
 
 clean:
 	rm -rf $(RUN) $(DATA) build dist *.egg-info

@@ -162,6 +162,12 @@ def test_commands_and_options_exist(path):
             except Exception as e: pytest.fail(f'{line}\n{type(e).__name__}: {e}')
 
 
+@pytest.mark.parametrize('line', ['mscan_check --data_dri x', 'mscan_score --train_csv x --verbose', 'mscan_weights convert a b --trsut', 'mscan_runn --plan', 'make demmo', 'make kaggle RUNN=x', 'python -m benchmarks.noisy --slice 1', 'python docs/nothing.py',
+                                  'mscan_run --data_dir x --run_dir y --preset demmo', 'mscan_run --data_dir x --run_dir y -p epohcs 3', 'mscan_folds --data_dir x --run_dir y --preset rsna -p 30_crops.size_px large', '-p 22_sides.side network', 'papermill nbs/21_projection.ipynb out.ipynb -p rules plane'])
+def test_a_wrong_command_is_noticed(line):
+    with pytest.raises((AssertionError, ValueError)): [check_command(words) for words in commands(line)]
+
+
 # Commands that are short enough are carried out, word for word, on a desk with a small phantom and a run of preset smoke
 
 STANDS_FOR = {                              # what the pages leave to the reader, and what it is on the desk
