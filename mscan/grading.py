@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['load_grader', 'nets_by_encoder', 'load_models', 'foramen_contrasts', 'locate', 'place_doubts', 'location_reasons',
            'study_features', 'located_crops', 'crop_features', 'StudySet', 'graded_loss', 'study_loss',
-           'grade_features', 'grade_members', 'seen_levels', 'missing_series', 'study_rows', 'seen_on', 'fall_back',
-           'own_slices', 'grade_study']
+           'grade_features', 'grade_members', 'seen_levels', 'missing_series', 'study_rows', 'places_of', 'seen_on',
+           'fall_back', 'own_slices', 'grade_study']
 
 # %% ../nbs/42_grading.ipynb #340d806a
 from types import SimpleNamespace
@@ -249,7 +249,7 @@ def missing_series(
     masks = dict(zip(('sagittal T2', 'axial T2', 'sagittal T1'), (crops.sagittal_mask, crops.axial_mask, getattr(crops, 'foramen_mask', np.ones(1))), strict=True))
     return [name for name, m in masks.items() if not m.any()]
 
-# %% ../nbs/42_grading.ipynb #a5d3fd01
+# %% ../nbs/42_grading.ipynb #39e2caff
 def study_rows(
     study_id: str,
     series: dict,              # series_id -> Series, for instance numbers
@@ -261,6 +261,7 @@ def study_rows(
     "Every row of a study, with where its numbers come from."
     notes, rows = '; '.join(located.reasons), []
     here, absent = (seen_levels(crops), missing_series(crops)) if crops is not None else ({}, [])
+    found = places_of(located) if crops is not None else {}
     for condition in CONDITIONS:
         for j, level in enumerate(LEVELS):
             if condition not in models.conditions: why = 'this condition is not graded by the model of this run'
@@ -268,19 +269,27 @@ def study_rows(
             elif absent and not models.view_dropout: why = f'{notes or "one view is missing"}; the model has not been trained on studies that lack a view'
             else: why = ''
             answer = np.full(len(PROBS), np.nan) if why else floor_probabilities(np.asarray(p[j, models.conditions.index(condition)], float)[None])[0]
-            rows.append(dict(study_id=study_id, condition=condition, level=level, **dict(zip(PROBS, answer, strict=True)), source='' if why else seen_on(located, condition, level),
-                             slices='' if why else own_slices(series, located, crops, condition, level, j), reason=why or notes))
+            rows.append(dict(study_id=study_id, condition=condition, level=level, **dict(zip(PROBS, answer, strict=True)), source='' if why else seen_on(found, condition, level),
+                             slices='' if why else own_slices(series, found, crops, condition, level, j), reason=why or notes))
     rows = fall_back(pd.DataFrame(rows), models.prior, models.conditional)
     rows[list(RISKS)] = p_risk(rows[list(PROBS)].to_numpy(float))
     return rows[['study_id', 'condition', 'level', *PROBS, *RISKS, 'source', 'slices', 'reason']]
 
-# %% ../nbs/42_grading.ipynb #65e9c343
-def seen_on(located: SimpleNamespace, condition: str, level: str) -> str:
+# %% ../nbs/42_grading.ipynb #16a6bfc3
+def places_of(
+    located: SimpleNamespace,  # of `locate`
+) -> dict:                     # (table, level, side or '') -> rows; tables are foramina, recesses, centres, boxes
+    "The rows of a study's tables by what they are of, looked up once for its 25 rows."
+    found = {}
+    for name in ('foramina', 'recesses', 'centres', 'boxes'):
+        for r in getattr(located, name, pd.DataFrame()).itertuples(): found.setdefault((name, r.level, getattr(r, 'side', '')), []).append(r)
+    return found
+
+
+def seen_on(found: dict, condition: str, level: str) -> str:
     "The rung of a graded row: a foramen cropped from T2 is graded on the other contrast."
     side, _, what = condition.partition('_')
-    if what != FORAMEN: return RUNGS[0]
-    mine = located.foramina[(located.foramina.level == level) & (located.foramina.side == side)]
-    return RUNGS[1] if (mine['source'] == OTHER_CONTRAST).any() else RUNGS[0]
+    return RUNGS[1] if what == FORAMEN and any(r.source == OTHER_CONTRAST for r in found.get(('foramina', level, side), ())) else RUNGS[0]
 
 
 def fall_back(
@@ -289,6 +298,7 @@ def fall_back(
     conditional=None,         # of `mscan.ladder.conditional_table`; None: the prior is the only fallback
 ) -> pd.DataFrame:            # the same rows, all answered
     "The lower rungs: what a level's graded rows say about the others, else the prior."
+    if (rows['source'] != '').all(): return rows
     rows, known = rows.copy(), prior.set_index(['condition', 'level'])[list(PROBS)]
     for level, mine in rows.groupby('level', sort=False):
         graded = {r.condition: p_risk(np.array([getattr(r, k) for k in PROBS])) for r in mine.itertuples() if r.source} if conditional is not None else {}
@@ -298,19 +308,16 @@ def fall_back(
             rows.loc[r.Index, list(PROBS)], rows.loc[r.Index, 'source'] = answer, RUNGS[2] if graded else RUNGS[3]
     return rows
 
-# %% ../nbs/42_grading.ipynb #26378e74
-def own_slices(series, located, crops, condition, level, j) -> str:
+# %% ../nbs/42_grading.ipynb #fd36f645
+def own_slices(series: dict, found: dict, crops, condition: str, level: str, j: int) -> str:
     "`series_id/instance_number` of the slices that were cropped for a condition of a level."
     side, _, what = condition.partition('_')
-    if what == FORAMEN: tables = [located.foramina[(located.foramina.level == level) & (located.foramina.side == side)]]
-    elif what == RECESS:
-        t, k = located.recesses[(located.recesses.level == level) & (located.recesses.side == side)], list(SIDES).index(side)
-        tables = [t[[bool(crops.recess_mask[k, r.pass_i, j, r.rank]) for r in t.itertuples()]]]
+    if what == FORAMEN: rows = found.get(('foramina', level, side), [])
+    elif what == RECESS: rows = [r for r in found.get(('recesses', level, side), []) if crops.recess_mask[list(SIDES).index(side), r.pass_i, j, r.rank]]
     else:
-        axial, mask = located.centres[(located.centres.level == level)], crops.axial_mask[0] if crops.axial_mask.ndim == 4 else crops.axial_mask
-        tables = [located.boxes[located.boxes.level == level] if crops.sagittal_mask[j] else located.boxes.iloc[:0], axial[[bool(mask[r.pass_i, j, r.rank]) for r in axial.itertuples()]]]
-    names = [f'{r.series_id}/{series[r.series_id].instance_number[r.slice_i]}' for t in tables for r in t.itertuples()]
-    return ' '.join(dict.fromkeys(names))
+        mask = crops.axial_mask[0] if crops.axial_mask.ndim == 4 else crops.axial_mask
+        rows = (found.get(('boxes', level, ''), []) if crops.sagittal_mask[j] else []) + [r for r in found.get(('centres', level, ''), []) if mask[r.pass_i, j, r.rank]]
+    return ' '.join(dict.fromkeys(f'{r.series_id}/{series[r.series_id].instance_number[r.slice_i]}' for r in rows))
 
 
 def grade_study(

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['STAGES', 'MANIFEST', 'UNFINISHED', 'RunError', 'is_project', 'project_root', 'resolve', 'portable', 'find_nbs',
            'notebook_cells', 'declared_parameters', 'code_hash', 'listing_hash', 'file_hash', 'data_hash', 'noted',
-           'Manifest', 'read_manifest', 'plain', 'environment', 'git_commit', 'stage_record', 'open_folder', 'Stage',
-           'write_manifest']
+           'Manifest', 'read_manifest', 'plain', 'environment', 'git_commit', 'stage_record', 'trainings',
+           'open_folder', 'Stage', 'write_manifest']
 
 # %% ../nbs/07_runs.ipynb #19bcc113
 import ast, hashlib, json, os, platform, re, resource, shutil, subprocess, sys, time
@@ -252,6 +252,11 @@ def stage_record(
     return run_dir, dict(stage=stage, parameters=values, code=code_hash(notebook), commit=git_commit(), seeds=seeds,
                          inputs=inputs, products={}, metrics={})
 
+# %% ../nbs/07_runs.ipynb #4b988e4e
+def trainings() -> list:
+    "What the trainings of this process cost, of `mscan.training`, which is not imported for it."
+    return getattr(sys.modules.get('mscan.training'), 'TRAININGS', [])
+
 # %% ../nbs/07_runs.ipynb #810fe47e
 def open_folder(
     folder, # the stage's folder
@@ -268,7 +273,7 @@ def open_folder(
         if p.is_dir() and not p.is_symlink(): shutil.rmtree(p)
         elif p.name != UNFINISHED: p.unlink(missing_ok=True)
 
-# %% ../nbs/07_runs.ipynb #4d9b4225
+# %% ../nbs/07_runs.ipynb #7571d461
 @dataclass
 class Stage:
     "A stage at work. Made by `Stage.begin`, closed by `finish`."
@@ -282,6 +287,7 @@ class Stage:
         "First line of a run part, as `Stage.begin('20_keypoints', globals())`: takes the parameters, empties the stage's folder."
         run_dir, record = stage_record(stage, namespace, nbs)
         open_folder(run_dir/stage, record)
+        trainings().clear()                                     # those of the lessons before
         return cls(run_dir, stage, record, time.perf_counter())
 
     @property
@@ -310,7 +316,7 @@ class Stage:
         "Closes the stage, see `write_manifest`; `device` is what it computed on."
         return write_manifest(self, device)
 
-# %% ../nbs/07_runs.ipynb #8e018553
+# %% ../nbs/07_runs.ipynb #628fd095
 def write_manifest(
     stage,       # a Stage
     device=None, # what it computed on
@@ -320,7 +326,7 @@ def write_manifest(
         path = stage.dir/product['path']
         if not path.exists(): raise RunError(f'{stage.stage}: product {name!r} was announced but not written: {path}')
         product['sha256'], product['bytes'] = listing_hash(path) if path.is_dir() else (file_hash(path), path.stat().st_size)
-    stage.record |= dict(seconds=round(time.perf_counter() - stage.started, 2),
+    stage.record |= dict(seconds=round(time.perf_counter() - stage.started, 2), trainings=list(trainings()),
                          finished=datetime.now(timezone.utc).isoformat(timespec='milliseconds'), **environment(device))
     mark = stage.dir/UNFINISHED
     mark.write_text(json.dumps(plain(stage.record), indent=1), encoding='utf-8')

@@ -7,12 +7,11 @@ __all__ = ['MODES', 'OTHER_CONTRAST', 'RECESS_COLUMNS', 'WAYS', 'LOST_MM', 'LOST
            'labelled_canal', 'measured_offset', 'foramen_cases', 'recess_cases', 'train_foramina', 'train_recesses',
            'answers', 'measured', 'way_figures']
 
-# %% ../nbs/22_sides.ipynb #2fdbac15
+# %% ../nbs/22_sides.ipynb #c719b9d3
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-from torch.utils.data import DataLoader
 
 from .foramina import COLUMNS, FORAMEN, FORAMEN_OFFSET_MM, RECESS, ForamenSet, foramen_loss, has_sides, load_foramina, measure_offset, offset_foramina, side_points
 from .images import Preprocess
@@ -21,7 +20,7 @@ from .prepare import load_study
 from .projection import choose_slices
 from .recesses import RECESS_OFFSET_MM, RecessNet, RecessSet, Windows, load_recesses, offset_recesses, recess_loss, recess_windows
 from .rsna import LEVELS
-from .training import fit, load_card, seed_everything
+from .training import fit, load_card, loaded, seed_everything
 
 # %% ../nbs/22_sides.ipynb #95eac239
 MODES = ('network', 'offset', 'none')
@@ -123,7 +122,7 @@ def recess_cases(
         parts.append(recess_windows(study, points[s], choose_slices(study.of('axial_t2'), xyz, rule, passes), xyz, Windows(study, prepare, window_px)))
     return tuple(np.concatenate(a) for a in zip(*parts, strict=True))
 
-# %% ../nbs/22_sides.ipynb #e1ab6292
+# %% ../nbs/22_sides.ipynb #840c8a0d
 def train_foramina(
     train: list, validation: list,  # of `foramen_cases`
     prepare: Preprocess, size_px: int, mm_per_px: float,
@@ -136,8 +135,8 @@ def train_foramina(
     seed_everything(seed)
     net = KeypointNet(encoder, width=width)
     load_encoder_weights(net.unet.encoder, encoder, pretrained)
-    loader = DataLoader(data, batch, shuffle=True, drop_last=len(data) > batch)
-    return net, fit(net, foramen_loss(sigma_mm / mm_per_px, size_px), loader, DataLoader(choose, 2 * batch) if choose and len(choose) else None, epochs=epochs, lr=lr, device=device, seed=seed, label='foramina'), len(data)
+    loader = loaded(data, batch, device, shuffle=True, drop_last=len(data) > batch)
+    return net, fit(net, foramen_loss(sigma_mm / mm_per_px, size_px), loader, loaded(choose, 2 * batch, device) if choose and len(choose) else None, epochs=epochs, lr=lr, device=device, seed=seed, label='foramina'), len(data)
 
 
 def train_recesses(
@@ -149,8 +148,8 @@ def train_recesses(
     if not len(train[0]): raise ValueError("no training study has a labelled recess on a chosen axial slice: use `-p sides offset` or `-p sides none`")
     seed_everything(seed)
     net, data = RecessNet(window_px, width), RecessSet(*train, augment=True, seed=seed)
-    loader = DataLoader(data, batch, shuffle=True, drop_last=len(data) > batch)
-    return net, fit(net, recess_loss, loader, DataLoader(RecessSet(*validation), batch) if len(validation[0]) else None, epochs=epochs, lr=lr, device=device, seed=seed, label='recesses'), len(data)
+    loader = loaded(data, batch, device, shuffle=True, drop_last=len(data) > batch)
+    return net, fit(net, recess_loss, loader, loaded(RecessSet(*validation), batch, device) if len(validation[0]) else None, epochs=epochs, lr=lr, device=device, seed=seed, label='recesses'), len(data)
 
 # %% ../nbs/22_sides.ipynb #10f387d3
 WAYS = ('network', 'offset', 'measured offset')

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['PROVENANCE', 'MEAN_PROVENANCE', 'GRADING', 'ROW_BYTES', 'write_results', 'joint_reason', 'average_runs', 'failure',
            'read_grey', 'read_normalised', 'sound_rows', 'fallback_rows', 'predict_study', 'predict_found',
-           'load_members', 'grader', 'member_runs', 'run_manifests', 'made_ready', 'graded', 'in_budget', 'predict',
-           'mscan_predict']
+           'read_ahead', 'predict_all', 'load_members', 'grader', 'member_runs', 'run_manifests', 'made_ready',
+           'graded', 'in_budget', 'predict', 'mscan_predict']
 
-# %% ../nbs/60_submission.ipynb #b5b3aeca
+# %% ../nbs/60_submission.ipynb #a137c9f1
 import errno
 import os
 import re
@@ -40,7 +40,7 @@ from .mirror import conventional
 from .prepare import read_any, sentence
 from .rsna import PROBS, TableError, row_ids, write_submission
 from .runs import RunError, read_manifest, resolve
-from .workers import Lost, guarded, one_cv2_thread
+from .workers import Lost, ahead, guarded, one_cv2_thread
 
 # %% ../nbs/60_submission.ipynb #9e24164f
 PROVENANCE = ('row_id', 'source', 'slices', 'reason')
@@ -67,7 +67,7 @@ def write_results(
         rows[list(columns)].to_csv(provenance, index=False)
     return paths
 
-# %% ../nbs/60_submission.ipynb #21283291
+# %% ../nbs/60_submission.ipynb #e099af44
 MEAN_PROVENANCE = ('row_id', 'models', 'source', 'slices', 'reason')
 
 
@@ -82,6 +82,7 @@ def joint_reason(
 
 def average_runs(
     tables: list,      # predictions of runs, fold 0 first: the same rows of `mscan.grading.study_rows` in any order
+    runs: int=0,       # how many there are, where not all were asked
 ) -> pd.DataFrame:     # the rows of the first one, and models ('4 of 5')
     "Mean (of p_score, and of p_risk) over the runs that answered a row from the best rung of the ladder. Raises TableError where rows differ."
     mean = mean_predictions(tables)                                                     # after this all have the same rows
@@ -94,7 +95,7 @@ def average_runs(
     mean['source'] = np.take(RUNGS, best)
     mean['slices'] = [' '.join(dict.fromkeys(' '.join(compress(s, m)).split())) for s, m in zip(zip(*(t.slices for t in tables), strict=True), model.T, strict=True)]
     mean['reason'] = [joint_reason(why) for why in zip(*(t.reason for t in tables), strict=True)]
-    return mean.assign(models=[f'{n} of {len(tables)}' for n in model.sum(0)])
+    return mean.assign(models=[f'{n} of {runs or len(tables)}' for n in model.sum(0)])
 
 # %% ../nbs/60_submission.ipynb #f1080f87
 def failure(
@@ -166,18 +167,35 @@ def predict_study(
         print(f'study {found.study_id} falls back: {failure(e)}', file=sys.stderr)
         return fallback_rows(found.study_id, [models], failure(e))
 
-# %% ../nbs/60_submission.ipynb #592cec41
+# %% ../nbs/60_submission.ipynb #a7faae30
 def predict_found(
     found: Found, descriptions,
     members: list,       # of `load_models`, one for each run
     strict: bool=False,  # raise where any of them falls back
     limits: Limits=Limits(),
     read=None,           # (low, high) -> Study, where the caller needs it too; default: read here, once for all
+    runs: int=0,         # only the first of them are asked; 0: all
 ) -> pd.DataFrame:       # 25 rows; of several runs their mean, with models
     "Read one test study once and grade it by each run."
     read = read or cache(partial(read_grey, found, descriptions, limits=limits))
     if len(members) == 1: return predict_study(found, descriptions, members[0], strict, limits, read)
-    return average_runs([predict_study(found, descriptions, m, strict, limits, read) for m in members])
+    return average_runs([predict_study(found, descriptions, m, strict, limits, read) for m in members[:runs or None]], len(members))
+
+
+def read_ahead(
+    studies: list, descriptions, members: list, limits: Limits,  # as of `predict_found`
+):                                                               # yields (Found, its read)
+    "Studies, each already read, or nearly so, when it is asked for."
+    wanted = members[0].low, members[0].high
+    for found, later in ahead(studies, lambda f: read_grey(f, descriptions, *wanted, limits)):
+        yield found, cache(lambda low, high, found=found, later=later: later.result() if (low, high) == wanted else read_grey(found, descriptions, low, high, limits))
+
+
+def predict_all(
+    studies: list, descriptions, members: list, strict: bool=False, limits: Limits=Limits(),  # as of `predict_found`
+):                                                                                            # yields rows of each study
+    "`predict_found` for one study after the other, of which the next is read while one is graded."
+    for found, read in read_ahead(studies, descriptions, members, limits): yield predict_found(found, descriptions, members, strict, limits, read)
 
 
 def load_members(
@@ -220,7 +238,7 @@ def run_manifests(
     "What grading needs of a run or of its folds. Raises RunError where a stage is missing."
     return [{s: read_manifest(run, s) for s in GRADING} for run in member_runs(run_dir)]
 
-# %% ../nbs/60_submission.ipynb #1fcf0d9e
+# %% ../nbs/60_submission.ipynb #11d8f1a2
 ROW_BYTES = 400  # of both files, for a row; measured: 150 to 300
 
 
@@ -245,9 +263,7 @@ def graded(
 ) -> list:               # rows of each study
     "Every study graded, here or by workers. Raises what grading raises, RunError for a lost study where `strict`."
     bar = partial(tqdm, total=len(studies), desc='grade', disable=not progress or None, leave=False)
-    if workers < 1:
-        grade = start()
-        return [grade(s) for s in bar(studies)]
+    if workers < 1: return list(bar(predict_all(studies, **start().keywords)))
     with one_cv2_thread():
         answers = dict(bar(guarded(start, studies, workers, seconds, threads=threads)))
         lost = [k for k, a in answers.items() if isinstance(a, Lost)]
@@ -258,7 +274,7 @@ def graded(
         if isinstance(answers[k], Lost): raise RunError(f'study {studies[k].study_id} has no answer, not even the fallback: {answers[k].reason}')
     return [answers[k] for k in range(len(studies))]
 
-# %% ../nbs/60_submission.ipynb #f77b9d99
+# %% ../nbs/60_submission.ipynb #4a9c6ac4
 def in_budget(
     studies: list, members: list, descriptions, strict: bool, limits: Limits,   # as of `predict_found`
     save,                         # rows of all studies -> files
@@ -266,10 +282,13 @@ def in_budget(
     progress: bool,
 ) -> pd.DataFrame:                # rows of all studies
     "Studies graded while the time suffices, the fallback for the others."
-    by_id = {s.study_id: s for s in studies}
+    reads = read_ahead(studies, descriptions, members, limits)
     late = partial(fallback_rows, members=members, reason=f'the budget of {hours:.3g} hours ended before this study')
-    grade = lambda s: predict_found(by_id[s], descriptions, members, strict, limits)
-    return grade_in_time(list(by_id), grade, late, save, 3600 * hours - (time.monotonic() - began), progress)[0]
+
+    def grade(study_id, runs):
+        found, read = next(reads)                                    # in the order of the studies
+        return predict_found(found, descriptions, members, strict, limits, read, runs)
+    return grade_in_time([s.study_id for s in studies], grade, late, save, 3600 * hours - (time.monotonic() - began), progress, len(members))[0]
 
 # %% ../nbs/60_submission.ipynb #6e10ca64
 def predict(

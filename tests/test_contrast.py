@@ -14,7 +14,7 @@ if str(ROOT) not in sys.path: sys.path.insert(0, str(ROOT))
 
 from benchmarks import missing
 from mscan.foramina import offset_foramina
-from mscan.grading import fall_back, foramen_contrasts, seen_on
+from mscan.grading import fall_back, foramen_contrasts, places_of, seen_on
 from mscan.images import Preprocess, normalise
 from mscan.keypoints import canal_points
 from mscan.ladder import RUNGS, conditional_table
@@ -71,7 +71,7 @@ def test_foramina_on_t2_are_cropped_only_where_that_is_wanted(lesson):
     frames = Frames(study, Preprocess())
     plain, turned = (side_crops(frames, table, pd.DataFrame(), 1, 32, foramen_contrasts(d)) for d in (0., .25))
     assert (table.source == OTHER_CONTRAST).all() and not plain.foramen_mask.any() and turned.foramen_mask.all()
-    assert seen_on(SimpleNamespace(foramina=table), CONDITIONS[1], 'l3_l4') == 'other contrast' and seen_on(SimpleNamespace(foramina=table), CONDITIONS[3], 'l3_l4') == 'model'
+    assert seen_on(places_of(SimpleNamespace(foramina=table)), CONDITIONS[1], 'l3_l4') == 'other contrast' and seen_on(places_of(SimpleNamespace(foramina=table)), CONDITIONS[3], 'l3_l4') == 'model'
 
 
 def test_the_same_place_on_t2_whatever_its_slices_are(lesson):

@@ -128,3 +128,11 @@ def test_damaged_studies_lose_no_row(tmp_path):
     count, records = fuzz.fuzz_predict(100, run, data, seed=2, batch=50)
     assert count['studies'] == 100 and not count['crashes'] and not count['hangs'] and not count['lost'], records
     assert all(not r['wrong'] for r in records) and count['rows by model'] >= 25
+
+
+@pytest.mark.xdist_group('pipeline')
+def test_a_hundred_damaged_studies_are_graded_by_mscan_predict(run, small_data):
+    "The whole command on networks of the smoke run, in processes of its own; the whole figure is 200, `python -m benchmarks.fuzz --predict 200`."
+    count, records = fuzz.fuzz_predict(100, run[0], small_data, seed=2, batch=50)
+    assert count['studies'] == 100 and not (count['crashes'] or count['hangs'] or count['lost']), records
+    assert not [r for r in records if r['wrong']] and count['rows by model'] > 100 and count['rows by prior'] > 100      # damage that costs rows, and studies that survive it

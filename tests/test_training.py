@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from mscan.training import (INTENDED_USE, WeightsError, fit, freeze, load_card, load_state, load_weights, pick_device, save_weights,
+from mscan.training import (INTENDED_USE, Loop, WeightsError, fit, freeze, load_card, load_state, load_weights, loaded, pick_device, pick_precision, save_weights,
                             seed_everything, weighted_ce)
 from mscan.weights import mscan_weights
 
@@ -266,3 +266,51 @@ def test_convert(tmp_path, capsys):
     assert not (tmp_path/'c.json').exists() and not ran.exists()
     with pytest.raises(SystemExit) as e: mscan_weights(['convert'])
     assert e.value.code == 1 and 'required' in capsys.readouterr().err
+
+
+def test_steps_that_do_not_wait_for_their_loss_end_where_the_others_do(monkeypatch):
+    "On a GPU nothing is read back in a step: the fused optimiser is told on the device to skip an unlabelled batch. Here on the CPU, which has the same optimiser."
+    data = problem() + [dict(x=torch.ones(6), grade=torch.tensor(-1))] * 8
+    settings = dict(batch=8, data=data, shuffle=False, schedule='constant', epochs=2)
+    waited, history = train(**settings)
+    monkeypatch.setattr(Loop, 'waits', property(lambda self: False))
+    free, other = train(**settings)
+    assert distance(waited, free) < 1e-7 and abs(history.table.train_loss - other.table.train_loss).max() < 1e-7
+    assert distance(free, train(**settings | dict(data=problem()))[0]) < 1e-7, 'the unlabelled batch of each epoch moved nothing'
+
+
+def test_a_loss_that_is_not_finite_is_told_with_its_step_though_nobody_waited(monkeypatch):
+    monkeypatch.setattr(Loop, 'waits', property(lambda self: False))
+    calls = []
+
+    def breaks(model, batch):
+        calls.append(0)
+        num, den = loss(model, batch)
+        return (num * float('nan') if len(calls) == 3 else num), den
+    model = network()
+    with pytest.raises(FloatingPointError, match='step 3: training loss is nan'): train(4, loss=breaks, model=model)
+    assert len(calls) == 6 and all(p.isfinite().all() for p in model.parameters()), 'seen at the end of the epoch, and the step itself was skipped'
+
+
+class Noisy(torch.utils.data.Dataset):
+    "Items that say which random number they were given."
+    def __init__(self): self.rng = __import__('numpy').random.default_rng(0)
+
+    def __len__(self): return 32
+
+    def __getitem__(self, i): return dict(x=torch.full((6,), float(self.rng.random())), grade=torch.tensor(i % 3))
+
+
+def test_processes_that_load_draw_random_numbers_of_their_own():
+    "Two workers and three epochs: no number is drawn twice, the same seed draws the same ones."
+    def drawn():
+        seen = []
+        def spy(model, batch): seen.extend(batch['x'][:, 0].tolist()); return loss(model, batch)
+        fit(network(), spy, loaded(Noisy(), 8, workers=2, shuffle=True), epochs=3, lr=.01, device='cpu', progress=False, seed=4)
+        return seen
+    first, second = drawn(), drawn()
+    assert len(first) == 96 == len(set(first)) and first == second
+
+
+def test_half_precision_is_chosen_on_a_gpu_alone():
+    assert pick_precision(None, torch.device('cpu')) == 'no' and pick_precision('bf16', torch.device('cpu')) == 'bf16'

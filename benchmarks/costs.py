@@ -1,0 +1,102 @@
+"""What would a preset cost on the real data set? Arithmetic, not a measurement: images of a stage x epochs x operations an image, counted on the network itself, over what a device sustains.
+
+How many images a study a stage trains on was counted in a run of the demo on phantom studies; the number of studies is that of the RSNA 2024 training set. Operations are counted by torch on one forward pass; a training step counts as three.
+Memory is what autograd keeps for one image, measured on the CPU in float32 and halved for bf16, times the batch, with weights, gradients and the two moments of AdamW.
+`python -m benchmarks.costs` writes the table between the markers of docs/costs.md.
+"""
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+import yaml
+from torch.utils.flop_counter import FlopCounterMode
+
+import mscan
+from mscan.crops import AxialPointNet
+from mscan.encoders import SliceEncoder
+from mscan.keypoints import KeypointNet
+from mscan.levels import LEVELS
+from mscan.recesses import RecessNet
+from mscan.yolo import build_yolo
+
+from ._common import ROOT
+
+STUDIES = 1975                       # of the competition's training set
+SUSTAINED = {'T4 (fp16)': 15e12, 'A100 (bf16)': 90e12, 'H100 (bf16)': 180e12}   # a little under a third of the vendors' dense figures of 65, 312 and 989 / 2: an assumption, not a measurement
+PER_STUDY = {'20_keypoints': 346 / 71, '22_sides foramina': 753 / 71, '22_sides recesses': 1014 / 71, '30_crops': 935 / 71, 'sagittal': 1017 / 71, 'axial': 1186 / 71, 'foramen': 2820 / 71, 'recess': 1998 / 71, '40_levels': 304 / 71}
+CROPS = {'mscan': 5 + 15, 'bilateral': 5 + 2 * 15 + 2 * 15 + 2 * 15}     # crops a study of stage three, per view of it
+MARKS = '<!-- costs -->', '<!-- /costs -->'
+
+
+def counted(net, channels: int, size_px: int) -> tuple:
+    "Operations (multiplications and additions) of one forward pass, and bytes that autograd keeps for one image."
+    x, kept = torch.rand(1, channels, size_px, size_px), {}
+    net.eval()
+    with FlopCounterMode(display=False) as counter, torch.no_grad(): net(x)
+    net.train()
+    for m in net.modules():
+        if isinstance(m, torch.nn.modules.batchnorm._BatchNorm): m.eval()          # one image has no variance of its own
+    known = {p.data_ptr() for p in net.parameters()}
+
+    def keep(t):
+        if t.data_ptr() not in known: kept[t.data_ptr()] = t.untyped_storage().nbytes()
+        return t
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t): out = net(x)
+    del out
+    return counter.get_total_flops(), sum(kept.values())
+
+
+def stages(preset: str) -> list:
+    "(stage and network, network, channels, side, images a study, epochs, batch) of all that a preset trains."
+    given = yaml.safe_load((Path(mscan.__file__).parent / 'presets' / f'{preset}.yaml').read_text())
+    k, s, c, e, y = (given.get(n) or {} for n in ('20_keypoints', '22_sides', '30_crops', '31_encoders', '40_levels'))
+    of = lambda d, n, default: d.get(n, default)
+    rows = [('20_keypoints: U-Net', KeypointNet(of(k, 'encoder', 'resnet18'), width=of(k, 'width', 16)), 1, of(k, 'size_px', 192), PER_STUDY['20_keypoints'], of(k, 'epochs', 2), of(k, 'batch', 8))]
+    if s.get('sides') != 'none':
+        rows += [('22_sides: foramen U-Net', KeypointNet(of(s, 'encoder', 'resnet18'), width=of(s, 'width', 4)), 1, of(s, 'size_px', 96), PER_STUDY['22_sides foramina'], of(s, 'epochs', 2), of(s, 'batch', 8)),
+                 ('22_sides: recesses', RecessNet(of(s, 'window_px', 64), of(s, 'recess_width', 8)), 1, of(s, 'window_px', 64), PER_STUDY['22_sides recesses'], of(s, 'recess_epochs', 4), of(s, 'recess_batch', 32))]
+    rows.append(('30_crops: axial point', AxialPointNet(of(c, 'window_px', 96), of(c, 'width', 16)), 1, of(c, 'window_px', 96), PER_STUDY['30_crops'], of(c, 'epochs', 2), of(c, 'batch', 32)))
+    for view in ('sagittal', 'axial', *(('foramen', 'recess') if e.get('sides') else ())):
+        rows.append((f'31_encoders: {view}', SliceEncoder(of(e, 'backbone', 'tf_efficientnetv2_b0')), 1, of(e, 'size_px', 64), PER_STUDY[view], of(e, 'epochs', 1), of(e, 'batch', 32)))
+    rows.append(('40_levels: YOLOv8n', build_yolo('yolov8n.yaml', list(LEVELS)), 3, of(y, 'size_px', 192), PER_STUDY['40_levels'], of(y, 'epochs', 2), of(y, 'batch', 8)))
+    return rows
+
+
+def features(preset: str) -> tuple:
+    "The encoder, its side, and the images a study that stage three encodes once."
+    given = yaml.safe_load((Path(mscan.__file__).parent / 'presets' / f'{preset}.yaml').read_text())
+    e, g = given['31_encoders'], given['42_grading']
+    return SliceEncoder(e['backbone']), e['size_px'], CROPS['bilateral' if g.get('model') == 'bilateral' else 'mscan'] * (1 + g.get('views', 0))
+
+
+def table(preset: str) -> list:
+    "Lines of a Markdown table."
+    lines, total = [f'| {preset} | images | epochs | GFLOP an image | PFLOP | ' + ' | '.join(f'h, {d}' for d in SUSTAINED) + ' | GPU MiB in bf16 |', '|---' * (6 + len(SUSTAINED)) + '|'], 0.
+    def line(name, images, epochs, flops, work, mib):
+        return f'| {name} | {images:,.0f} | {epochs} | {flops / 1e9:.2f} | {work / 1e15:.1f} | ' + ' | '.join(f'{work / rate / 3600:.2f}' for rate in SUSTAINED.values()) + f' | {mib} |'
+    for name, net, channels, size_px, per_study, epochs, batch in stages(preset):
+        flops, kept = counted(net, channels, size_px)
+        weights, images = sum(p.numel() for p in net.parameters()), STUDIES * per_study
+        work = 3 * flops * images * epochs
+        lines.append(line(name, images, epochs, flops, work, f'{(batch * kept / 2 + 16 * weights) / 2**20:,.0f}'))
+        total += work
+    net, size_px, per_study = features(preset)
+    flops, work = counted(net, 1, size_px)[0], counted(net, 1, size_px)[0] * STUDIES * per_study
+    return [*lines, line('42_grading: features', STUDIES * per_study, 1, flops, work, ''), line('**together**', 0, '', 0, total + work, '').replace('| 0 |  | 0.00 |', '| | | |')]
+
+
+def main(argv=None) -> int:
+    p = argparse.ArgumentParser(prog='python -m benchmarks.costs', description='What would a preset cost on the real data set?')
+    p.add_argument('--presets', default='paper,rsna')
+    p.add_argument('--page', type=Path, default=ROOT / 'docs' / 'costs.md')
+    args = p.parse_args(argv)
+    text = '\n\n'.join('\n'.join(table(preset)) for preset in args.presets.split(','))
+    page = args.page.read_text()
+    before, rest = page.split(MARKS[0])
+    args.page.write_text(f'{before}{MARKS[0]}\n{text}\n{MARKS[1]}{rest.split(MARKS[1])[1]}')
+    print(text)
+    return 0
+
+
+if __name__ == '__main__': sys.exit(main())
