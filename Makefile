@@ -73,7 +73,6 @@ lessons: setup
 # Rewrite what pages take from notebooks, presets and README.
 docs: setup
 	$(BIN)/python docs/parameters.py
-	$(BIN)/python docs/needs.py
 
 clean:
 	rm -rf $(RUN) $(DATA) build dist *.egg-info
