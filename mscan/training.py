@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LOOKS', 'TRAININGS', 'CARD_KEYS', 'INTENDED_USE', 'seed_everything', 'pick_device', 'pick_precision', 'weighted_ce',
-           'freeze', 'train_mode', 'History', 'peak_memory', 'shuffle_by', 'share', 'own_random', 'loaded', 'batches',
+           'freeze', 'train_mode', 'History', 'peak_memory', 'own_random', 'loaded', 'shuffle_by', 'share', 'batches',
            'batch_size', 'Loop', 'take_step', 'start', 'mean_loss', 'train_epoch', 'note_training', 'fit', 'run_epochs',
            'WeightsError', 'weight_files', 'save_weights', 'load_card', 'load_state', 'load_weights']
 
@@ -119,23 +119,7 @@ def peak_memory(device) -> float:
     if torch.device(device).type == 'cuda': return torch.cuda.max_memory_allocated(device)/2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/2**10
 
-# %% ../nbs/06_training.ipynb #fa7af3d6
-def shuffle_by(loader, seed, epoch=0):
-    "Makes the order of a DataLoader depend on seed and epoch alone, not on what else drew random numbers."
-    sampler = getattr(loader, 'sampler', None)
-    if hasattr(sampler, 'generator'):
-        if sampler.generator is None: sampler.generator = torch.Generator()
-        sampler.generator.manual_seed((seed << 20) + epoch)
-    if hasattr(loader, 'set_epoch'): loader.set_epoch(epoch)
-
-def share(loader, accelerator):
-    "This process's part of the batches, unevenly cut."
-    n, i = accelerator.num_processes, accelerator.process_index
-    if n == 1: return loader
-    if isinstance(loader, DataLoader):
-        return prepare_data_loader(loader, num_processes=n, process_index=i, put_on_device=False, even_batches=False, rng_types=None)
-    return itertools.islice(loader, i, None, n)
-
+# %% ../nbs/06_training.ipynb #9dbf2e6c
 def own_random(worker):
     "Gives a data set that augments (`rng`) random numbers of its own in each process and epoch; without it all would draw the same."
     info = torch.utils.data.get_worker_info()
@@ -152,6 +136,23 @@ def loaded(
     on_gpu = pick_device(device).type == 'cuda'
     if workers is None: workers = min(8, (os.cpu_count() or 1) - 1) if on_gpu else 0
     return DataLoader(data, batch, num_workers=workers, pin_memory=on_gpu, worker_init_fn=own_random if workers else None, **options)
+
+# %% ../nbs/06_training.ipynb #190e7753
+def shuffle_by(loader, seed, epoch=0):
+    "Makes the order of a DataLoader depend on seed and epoch alone, not on what else drew random numbers."
+    sampler = getattr(loader, 'sampler', None)
+    if hasattr(sampler, 'generator'):
+        if sampler.generator is None: sampler.generator = torch.Generator()
+        sampler.generator.manual_seed((seed << 20) + epoch)
+    if hasattr(loader, 'set_epoch'): loader.set_epoch(epoch)
+
+def share(loader, accelerator):
+    "This process's part of the batches, unevenly cut."
+    n, i = accelerator.num_processes, accelerator.process_index
+    if n == 1: return loader
+    if isinstance(loader, DataLoader):
+        return prepare_data_loader(loader, num_processes=n, process_index=i, put_on_device=False, even_batches=False, rng_types=None)
+    return itertools.islice(loader, i, None, n)
 
 def batches(loader, accelerator, count):
     "Yields `count` times (batch on the device, its weight): weight 0 for the repeated ones. Raises `ValueError` without any batch."
