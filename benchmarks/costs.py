@@ -72,7 +72,7 @@ def features(preset: str) -> tuple:
 
 def table(preset: str) -> list:
     "Lines of a Markdown table."
-    lines, total = [f'| {preset} | images | epochs | GFLOP an image | PFLOP | ' + ' | '.join(f'h, {d}' for d in SUSTAINED) + ' | GPU MiB in bf16 |', '|---' * (6 + len(SUSTAINED)) + '|'], 0.
+    lines, total = [f'| {preset} | images | epochs | GFLOP an image | PFLOP | ' + ' | '.join(f'h, {d}' for d in SUSTAINED) + ' | GPU MiB |', '|---' * (6 + len(SUSTAINED)) + '|'], 0.
     def line(name, images, epochs, flops, work, mib):
         return f'| {name} | {images:,.0f} | {epochs} | {flops / 1e9:.2f} | {work / 1e15:.1f} | ' + ' | '.join(f'{work / rate / 3600:.2f}' for rate in SUSTAINED.values()) + f' | {mib} |'
     for name, net, channels, size_px, per_study, epochs, batch in stages(preset):
