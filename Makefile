@@ -17,7 +17,7 @@ SCIENCE ?= runs/science
 
 KAGGLE_USER ?= your-kaggle-name
 
-.PHONY: setup demo proof science kaggle test test-all benchmarks speed lessons lock clean
+.PHONY: setup demo proof science kaggle test test-all benchmarks speed lessons docs lock clean
 
 setup: $(STAMP)
 
@@ -75,6 +75,10 @@ speed: setup
 lessons: setup
 	$(BIN)/python tests/lessons.py $(N)
 	$(BIN)/nbdev_clean
+
+# Rewrite what pages take from notebooks, presets and README.
+docs: setup
+	$(BIN)/python docs/parameters.py
 
 clean:
 	rm -rf $(RUN) $(DATA) build dist *.egg-info

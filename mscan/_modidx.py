@@ -3,7 +3,7 @@
 d = { 'settings': { 'branch': 'main',
                 'doc_baseurl': '/mscan',
                 'doc_host': 'https://mscan.invalid',
-                'git_url': 'https://github.com/mscan/mscan',
+                'git_url': 'https://mscan.invalid/mscan',
                 'lib_path': 'mscan'},
   'syms': { 'mscan.acquisition': { 'mscan.acquisition.Scan': ('acquisition.html#scan', 'mscan/acquisition.py'),
                                    'mscan.acquisition.Scan.grid': ('acquisition.html#scan.grid', 'mscan/acquisition.py'),
