@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EPILOG', 'find_stages', 'as_type', 'unknown', 'read_preset', 'settle', 'plan', 'why_run', 'StageFailed', 'failure',
-           'environ', 'execute', 'locked', 'run_stages', 'Parser', 'run_parser', 'show_plan', 'mscan_run']
+           'environ', 'execute', 'locked', 'paged', 'run_stages', 'Parser', 'run_parser', 'show_plan', 'mscan_run']
 
 # %% ../nbs/08_runner.ipynb #b281ed63
 import argparse, contextlib, fcntl, os, re, sys, tempfile, textwrap, time
@@ -191,7 +191,7 @@ def execute(
         raise StageFailed(f'stage {stage} ran through but wrote no manifest: its last cell must call stage.finish(). '
                           f'Executed notebook: {portable(executed)}') from None
 
-# %% ../nbs/08_runner.ipynb #9188606f
+# %% ../nbs/08_runner.ipynb #1abb9cbb
 @contextlib.contextmanager
 def locked(run_dir):
     "Holds the run's folder for this process. Raises `RunError` if another one has it."
@@ -199,6 +199,16 @@ def locked(run_dir):
         try: fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError: raise RunError(f'another mscan_run is at work in {run_dir}') from None
         yield
+
+@contextlib.contextmanager
+def paged(run_dir, say):
+    "Writes the page of the run at the end of a block, where a stage has failed too; not where the run was interrupted. See `mscan.runpage`."
+    def write():
+        from mscan.runpage import say_page      # here, since it needs pandas: `--help` should not wait for that
+        say_page(run_dir, say)
+    try: yield
+    except Exception: write(); raise
+    write()
 
 def run_stages(
     data_dir,      # the competition's folder, as unpacked
@@ -212,7 +222,7 @@ def run_stages(
     if not data_dir.is_dir(): raise RunError(f'data_dir {portable(data_dir)} is not a folder')
     if run_dir.is_relative_to(data_dir): raise RunError('run_dir lies inside data_dir: a run would change the data it is made from')
     run_dir.mkdir(parents=True, exist_ok=True)
-    with locked(run_dir), tqdm(planned, desc='stages', unit='stage', disable=None) as bar:
+    with locked(run_dir), paged(run_dir, say), tqdm(planned, desc='stages', unit='stage', disable=None) as bar:
         for stage in bar:
             bar.set_description(stage); bar.set_postfix_str('')
             places = dict(run_dir=portable(run_dir), data_dir=portable(data_dir))
@@ -225,7 +235,7 @@ def run_stages(
             say(f'{stage:<20} done in {rows[-1][2]:.1f} s ({reason})' if reason else f'{stage:<20} skipped, nothing changed')
     return rows
 
-# %% ../nbs/08_runner.ipynb #47c8608b
+# %% ../nbs/08_runner.ipynb #5d407571
 class Parser(argparse.ArgumentParser):
     "argparse that ends with exit code 1 and one sentence."
     def error(self, message): self.exit(1, f'{self.prog}: {message}; see {self.prog} --help\n')
@@ -237,7 +247,8 @@ Each leaves its executed notebook, its products and manifest.json in <run_dir>/<
 manifest matches: same code, same parameters, same inputs, products still there. Killed or failed in the middle, the
 same command goes on at that stage. The first failing cell stops the run; exit code 1. On a machine that is lent for
 some hours (Kaggle): --budget_hours and --disk_gb stop it in time, with exit code 2, and --resume_from takes the
-finished stages of earlier sessions over by linking them.
+finished stages of earlier sessions over by linking them. report.html in <run_dir> gathers all stages: results, curves,
+figures, parameters, time and memory; mscan_runreport writes it again.
 
 Presets: smoke proves the wiring, demo learns from the phantom on two cores, science trains every row of the paper's
 tables on 600 phantom studies, paper has the paper's numbers. A preset
