@@ -7,7 +7,7 @@ __all__ = ['stage_state', 'history_of', 'read_stages', 'score_section', 'markdow
            'results', 'bytes_of', 'costs', 'parameter_table', 'shown_piece', 'stage_section', 'environment_table',
            'tiles', 'run_page', 'write_run_page', 'say_page', 'mscan_runreport']
 
-# %% ../nbs/075_runpage.ipynb #71cdce47
+# %% ../nbs/075_runpage.ipynb #43101769
 import base64, json, re, sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +20,7 @@ from fastcore.xml import ft
 from .breakdown import NAMES, breakdown_tables
 from .executed import read_executed
 from .files import whole_files
-from .pageparts import counted, curves, duration, facts, frame_table, number, page, size, table
+from .pageparts import counted, curves, duration, facts, frame_table, loss, page, size, table
 from .runs import MANIFEST, STAGES, UNFINISHED, RunError, resolve
 
 # %% ../nbs/075_runpage.ipynb #11ad5836
@@ -60,7 +60,7 @@ def read_stages(
     if not there: raise RunError(f'no stage has run in {run_dir}')
     return [stage_state(run_dir/name) for name in sorted(there | set(STAGES))]
 
-# %% ../nbs/075_runpage.ipynb #498bc57a
+# %% ../nbs/075_runpage.ipynb #c2c554d7
 def score_section(
     report: dict,   # of `mscan.evaluate.evaluate_run`, as JSON
     title: str,
@@ -68,7 +68,7 @@ def score_section(
     "The score with its intervals, taken apart by condition, side and level."
     text = lambda v: '-' if v[0] is None else f'{v[0]:+.3f}' + (f' [{v[1]:+.3f}, {v[2]:+.3f}]' if None not in v[1:] else '')
     model, prior = (report['competition'][k] for k in ('model', 'prior'))
-    rows = [[word, number(model[part]), number(prior[part]), text(report['gain_over_prior'][part])] for part, word in NAMES.items()]
+    rows = [[word, loss(model[part]), loss(prior[part]), text(report['gain_over_prior'][part])] for part, word in NAMES.items()]
     where = f"{counted(report['studies'], 'study')} of part {report['part']}" + (': the checkpoints were chosen on them, so these figures flatter' if report['part'] == 'validation' else ', on which nothing was trained or chosen')
     parts = table(rows, ('part of the score', 'model', 'prior', 'model less prior, paired, 95 %'), 'Weighted log loss (lower is better)', range(1, 4))
     others = [frame_table(t, k[0].upper() + k[1:]) for k, t in breakdown_tables(pd.DataFrame(report['breakdown'])).items()]
@@ -167,7 +167,7 @@ def stage_section(stage: SimpleNamespace, run_dir: Path):
               *([more(counted(len(metrics), 'measured figure'), table(metrics, ('figure', 'value'), numbers=(1,)))] if metrics else []),
               *([more(counted(len(files), 'file'), table(files, ('file', 'size', 'sha256'), numbers=(1,)))] if files else []), *([ft('p', 'executed notebook: ', link(stage.notebook), cls='small')] if stage.notebook else []), id=stage.name)
 
-# %% ../nbs/075_runpage.ipynb #8c2014d4
+# %% ../nbs/075_runpage.ipynb #1fb34294
 def environment_table(stages: list):
     "Versions, devices, code; where stages differ, all that there were."
     seen = {}
@@ -186,7 +186,7 @@ def tiles(run_dir: Path, stages: list):
     out, memory = [], max((s.record.get('peak_memory_mib') or 0 for s in stages), default=0)
     add = lambda big, words, bad=False: out.append(ft('div', ft('b', big), words, cls='tile bad' if bad else 'tile'))
     if report:
-        ours, prior = (number(report['competition'][k]['score']) for k in ('model', 'prior'))
+        ours, prior = (loss(report['competition'][k]['score']) for k in ('model', 'prior'))
         add(ours, f"score on {counted(report['studies'], 'study')} ({report['part']}); the prior's {prior}; lower is better")
     add(f'{len(ran)} of {len(stages)}', 'stages finished', len(ran) < len(stages))
     add(duration(sum(s.record.get('seconds') or 0 for s in stages)), 'in the stages'); add(f'{memory / 1024:.2f} GiB', 'most memory of a stage\'s process'); add(size(sum(map(bytes_of, stages))), 'of products')
@@ -200,10 +200,14 @@ def run_page(
     run_dir = resolve(run_dir)
     stages = read_stages(run_dir)
     told = [s for s in stages if s.state != 'not run']
+    last = max(told, key=lambda s: str(s.record.get('finished') or '')).record
+    when = [f"last stage finished {str(last['finished'])[:16].replace('T', ' ')} UTC"] if last.get('finished') else []
+    code = [f"mscan {last['versions']['mscan']}"] if last.get('versions', {}).get('mscan') else []
+    data = [f"data: {Path(s.record['parameters']['data_dir']).name}" for s in told if s.record.get('parameters', {}).get('data_dir')][:1]
     where = [ft('a', f'{s}/{n}', href=quote(f'{s}/{n}')) for s, n in (('60_submission', 'submission.csv'), ('60_submission', 'provenance.csv'), ('50_evaluate', 'report.json'), ('10_prepare', 'quality.json')) if (run_dir/s/n).is_file()]
     pictures = any(kind == 'picture' for s in told if s.account for kind, _ in s.account.pieces)
     links = [ft('a', words, href=f'#{place}') for place, words in [('results', 'results'), ('costs', 'time and memory'), *((s.name, s.name) for s in told), ('environment', 'environment')]]
-    return page(f'Run {run_dir.name}', ft('h1', f'Run {run_dir.name}'), ft('div', 'For research, not for diagnosis.', cls='research'), tiles(run_dir, stages), ft('nav', *links),
+    return page(f'Run {run_dir.name}', ft('h1', f'Run {run_dir.name}'), ft('p', '; '.join([*when, *code, *data]), cls='small'), ft('div', 'For research, not for diagnosis.', cls='research'), tiles(run_dir, stages), ft('nav', *links),
                 *([ft('p', 'Where the answers are: ', *[x for w in where for x in (w, ' ')])] if where else []), *([] if pictures else [ft('p', 'The executed notebooks hold no figures: they were run where matplotlib draws none (MPLBACKEND is set).', cls='small')]),
                 ft('section', ft('h2', 'Results'), *results(run_dir, stages), id='results'), ft('section', ft('h2', 'Time, memory, disk'), costs(stages), id='costs'),
                 *[stage_section(s, run_dir) for s in told], ft('section', ft('h2', 'Environment'), environment_table(stages), ft('p', 'A commit with + : the code had changes that were not committed.', cls='small'), id='environment'))
