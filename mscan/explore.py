@@ -92,7 +92,7 @@ def where_text(xyz_mm, places: pd.DataFrame) -> str:
     r = places.iloc[int(away.argmin())]
     return f'{text}, from the origin of the scanner; nearest place with a name: {short_name(r.condition, r.level)} {name_of(r.condition).split()[-1]} ({r.kind}), {away.min():.1f} mm away'
 
-# %% ../nbs/70_explore.ipynb #cf966d65
+# %% ../nbs/70_explore.ipynb #090a2b70
 class Panel:
     "The sliders and the picture of one of the two slices."
     def __init__(self, word: str, moved):   # what it shows; called with the panel after each change by hand
@@ -101,7 +101,7 @@ class Panel:
         self.moved, self.quiet, self.look, self.by_id = moved, False, None, {}
         self.series = w.Dropdown(description=word, **wide)
         self.slice = w.IntSlider(description='slice', min=1, max=1, **wide)
-        self.x, self.y = (w.FloatSlider(description=t, min=0, max=1, step=.5, readout_format='.1f', **wide) for t in ('across, px', 'down, px'))
+        self.x, self.y = (w.FloatSlider(description=t, min=0, max=1, step=.5, readout_format='.1f', **wide) for t in ('across', 'down'))
         self.picture = w.HTML()
         self.box = w.VBox([self.series, self.picture, self.slice, self.x, self.y], layout=w.Layout(width='50%'))
         for control in (self.series, self.slice, self.x, self.y): control.observe(self._changed, 'value')
@@ -165,11 +165,12 @@ class Pair:
             return self.move(place_on(series, len(series) // 2, (series.shape[len(series) // 2][::-1] - 1) / 2))
         self.move(np.full(3, np.nan))
 
-# %% ../nbs/70_explore.ipynb #2816e192
+# %% ../nbs/70_explore.ipynb #3d6b0919
 TABS = ('answers', 'crops', 'without a view')
-ALONE = f'.mscan{{background:#fff;color:#16202a;padding:2px 8px;line-height:1.4;{STYLE}.other{{color:#a3123a;font-weight:700}}.changes td{{min-width:110px}}}}'   # the report's style, for what is shown here and nothing else of the notebook
+ALONE = f'.mscan{{background:#fff;color:#16202a;padding:2px 8px;line-height:1.4;{STYLE}.other{{color:#a3123a;font-weight:700}}.grades.changes:not(.answers) th:first-child{{width:120px}}.changes th:nth-child(2){{width:90px}}}}'   # the report's style, for what is shown here and nothing else of the notebook
 
 
+# %% ../nbs/70_explore.ipynb #7a70ccfc
 class Desk:
     "The explorer's widgets. What is chosen is in them; everything else is asked of an `Explorer`."
     def __init__(self, explorer: Explorer):
@@ -216,6 +217,7 @@ class Desk:
             page.value = show(changes_table(changes(self.explorer.left_out(self.study.value), self.o.labels)))
 
 
+# %% ../nbs/70_explore.ipynb #c792e471
 def explore(
     run_dir='',            # a finished run, or a folder of folds; '': images and labels alone
     data_dir='data/demo',  # a competition folder, or any folder of DICOM files

@@ -64,17 +64,17 @@ def short_name(condition: str, level: str) -> str:
     side = condition.partition('_')[0]
     return csv_level(level) + (f' {side[0].upper()}' if side in ('left', 'right') else '')
 
-# %% ../nbs/680_linked.ipynb #4addb752
+# %% ../nbs/680_linked.ipynb #0159912d
 NEAR_MM = 3.                  # of a point from a slice on which it is drawn; slices are 3 to 5 mm apart
 CROSS = '#ffe14d'
 SHOWN_PX = 560                # longer side of a slice on the screen
 
 
-def cross_mark(xy, there: bool=True, arm: float=7., gap: float=2.):
+def cross_mark(xy, there: bool=True, unit: float=1.):
     "A cross with an open middle, so that what it points at can be seen; faint where no slice shows the place."
-    x, y = xy
+    (x, y), arm, gap = xy, 9 * unit, 3 * unit
     ends = [((x - arm, y), (x - gap, y)), ((x + gap, y), (x + arm, y)), ((x, y - arm), (x, y - gap)), ((x, y + gap), (x, y + arm))]
-    return ft('g', *[ft('line', x1=f'{a[0]:.2f}', y1=f'{a[1]:.2f}', x2=f'{b[0]:.2f}', y2=f'{b[1]:.2f}', stroke=CROSS, stroke_width=1) for a, b in ends], opacity=1 if there else .4)
+    return ft('g', *[ft('line', x1=f'{a[0]:.2f}', y1=f'{a[1]:.2f}', x2=f'{b[0]:.2f}', y2=f'{b[1]:.2f}', stroke=CROSS, stroke_width=f'{1.2 * unit:.2f}') for a, b in ends], opacity=1 if there else .4)
 
 
 def crop_squares(located, look: SimpleNamespace) -> list:
@@ -100,10 +100,13 @@ def slice_panel(
     if ends is not None: marks.append(line_mark(drawn_mm(ends, spacing), '#fff', width=.5))
     xyz = places[XYZ].to_numpy(float).reshape(-1, 3)
     near = places[(np.abs(plane.distance(xyz)) <= NEAR_MM) & contains(plane, xyz)]
-    for r in near.itertuples(): marks.append(point_mark(drawn_mm(plane.to_pixel((r.x_mm, r.y_mm, r.z_mm)), spacing), LEVEL_COLOURS[r.level], short_name(r.condition, r.level) if r.kind != 'found' or not (near.kind != 'found').any() else '', hollow=r.kind == 'found', radius=1.8))
-    marks.append(cross_mark(drawn_mm(look.xy_px, spacing), look.inside))
-    letter = lambda word, x: ft('text', word, x=x, y=f'{height / 2:.1f}', fill='#fff', font_size=9, text_anchor='middle')
-    marks += [letter(w, f'{x:.1f}') for w, x in zip('RL' if series.view == 'axial_t2' else 'AP', (6, width - 6), strict=True)]
+    unit, named = max(height, width) / 300, set(near[['condition', 'level']][near.kind != 'found'].itertuples(index=False, name=None))   # sizes that are the same on the screen
+    for r in near.itertuples():
+        word = '' if r.kind == 'found' and (r.condition, r.level) in named else short_name(r.condition, r.level)     # a label has said it
+        marks.append(point_mark(drawn_mm(plane.to_pixel((r.x_mm, r.y_mm, r.z_mm)), spacing), LEVEL_COLOURS[r.level], word, r.kind == 'found', 1.8 * unit, 6.5 * unit))
+    marks.append(cross_mark(drawn_mm(look.xy_px, spacing), look.inside, unit))
+    letter = lambda word, x: ft('text', word, x=x, y=f'{height / 2:.1f}', fill='#fff', font_size=8 * unit, text_anchor='middle')
+    marks += [letter(w, f'{x:.1f}') for w, x in zip('RL' if series.view == 'axial_t2' else 'AP', (6 * unit, width - 6 * unit), strict=True)]
     away = f'the place lies {abs(look.away_mm):.1f} mm off this slice' if look.inside else f'no slice of this series shows the place; the nearest is {abs(look.away_mm):.1f} mm away'
     caption = f"{series.view.replace('_', ' ').replace(' t', ' T')}, series {series.series_id}, slice {i + 1} of {len(series)} (instance {series.instance_number[i]}); {away}"
     return ft('figure', slice_svg(series.pixels[i], spacing, *marks, title=caption, max_px=SHOWN_PX), ft('figcaption', caption))
