@@ -64,7 +64,7 @@ def short_name(condition: str, level: str) -> str:
     side = condition.partition('_')[0]
     return csv_level(level) + (f' {side[0].upper()}' if side in ('left', 'right') else '')
 
-# %% ../nbs/680_linked.ipynb #0159912d
+# %% ../nbs/680_linked.ipynb #57424b9a
 NEAR_MM = 3.                  # of a point from a slice on which it is drawn; slices are 3 to 5 mm apart
 CROSS = '#ffe14d'
 SHOWN_PX = 560                # longer side of a slice on the screen
@@ -72,7 +72,7 @@ SHOWN_PX = 560                # longer side of a slice on the screen
 
 def cross_mark(xy, there: bool=True, unit: float=1.):
     "A cross with an open middle, so that what it points at can be seen; faint where no slice shows the place."
-    (x, y), arm, gap = xy, 9 * unit, 3 * unit
+    (x, y), arm, gap = xy, 18 * unit, 5 * unit
     ends = [((x - arm, y), (x - gap, y)), ((x + gap, y), (x + arm, y)), ((x, y - arm), (x, y - gap)), ((x, y + gap), (x, y + arm))]
     return ft('g', *[ft('line', x1=f'{a[0]:.2f}', y1=f'{a[1]:.2f}', x2=f'{b[0]:.2f}', y2=f'{b[1]:.2f}', stroke=CROSS, stroke_width=f'{1.2 * unit:.2f}') for a, b in ends], opacity=1 if there else .4)
 
@@ -103,6 +103,7 @@ def slice_panel(
     unit, named = max(height, width) / 300, set(near[['condition', 'level']][near.kind != 'found'].itertuples(index=False, name=None))   # sizes that are the same on the screen
     for r in near.itertuples():
         word = '' if r.kind == 'found' and (r.condition, r.level) in named else short_name(r.condition, r.level)     # a label has said it
+        if series.view == 'axial_t2' and word[-2:] in (' R', ' L'): word = word[-1]                                  # one level, three names within 20 mm
         marks.append(point_mark(drawn_mm(plane.to_pixel((r.x_mm, r.y_mm, r.z_mm)), spacing), LEVEL_COLOURS[r.level], word, r.kind == 'found', 1.8 * unit, 6.5 * unit))
     marks.append(cross_mark(drawn_mm(look.xy_px, spacing), look.inside, unit))
     letter = lambda word, x: ft('text', word, x=x, y=f'{height / 2:.1f}', fill='#fff', font_size=8 * unit, text_anchor='middle')
