@@ -193,7 +193,7 @@ def execute(
         raise StageFailed(f'stage {stage} ran through but wrote no manifest: its last cell must call stage.finish(). '
                           f'Executed notebook: {portable(executed)}') from None
 
-# %% ../nbs/08_runner.ipynb #c3ccaca0
+# %% ../nbs/08_runner.ipynb #bc3ffa4f
 @contextlib.contextmanager
 def locked(run_dir):
     "Holds the run's folder for this process. Raises `RunError` if another one has it."
@@ -212,6 +212,7 @@ def paged(run_dir, say):
     except Exception: write(); raise
     write()
 
+# %% ../nbs/08_runner.ipynb #f31bdf6b
 def run_stages(
     data_dir,      # the competition's folder, as unpacked
     run_dir,       # where products, manifests and executed notebooks go
