@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EPILOG', 'find_stages', 'as_type', 'unknown', 'read_preset', 'settle', 'plan', 'why_run', 'StageFailed', 'failure',
-           'environ', 'execute', 'locked', 'run_stages', 'Parser', 'run_parser', 'show_plan', 'mscan_run']
+           'environ', 'execute', 'locked', 'paged', 'run_stages', 'Parser', 'run_parser', 'show_plan', 'mscan_run']
 
 # %% ../nbs/08_runner.ipynb #1d5bba7e
 import argparse, contextlib, fcntl, os, re, sys, tempfile, textwrap, time
@@ -193,7 +193,7 @@ def execute(
         raise StageFailed(f'stage {stage} ran through but wrote no manifest: its last cell must call stage.finish(). '
                           f'Executed notebook: {portable(executed)}') from None
 
-# %% ../nbs/08_runner.ipynb #c6af7794
+# %% ../nbs/08_runner.ipynb #bc3ffa4f
 @contextlib.contextmanager
 def locked(run_dir):
     "Holds the run's folder for this process. Raises `RunError` if another one has it."
@@ -202,6 +202,17 @@ def locked(run_dir):
         except BlockingIOError: raise RunError(f'another mscan_run is at work in {run_dir}') from None
         yield
 
+@contextlib.contextmanager
+def paged(run_dir, say):
+    "Writes the page of the run at the end of a block, where a stage has failed too; not where the run was interrupted. See `mscan.runpage`."
+    def write():
+        from mscan.runpage import say_page      # here, since it needs pandas: `--help` should not wait for that
+        say_page(run_dir, say)
+    try: yield
+    except Exception: write(); raise
+    write()
+
+# %% ../nbs/08_runner.ipynb #f31bdf6b
 def run_stages(
     data_dir,      # the competition's folder, as unpacked
     run_dir,       # where products, manifests and executed notebooks go
@@ -216,7 +227,8 @@ def run_stages(
     if run_dir.is_relative_to(data_dir): raise RunError('run_dir lies inside data_dir: a run would change the data it is made from')
     run_dir.mkdir(parents=True, exist_ok=True)
     first = crew.rank == 0
-    with locked(run_dir) if first else contextlib.nullcontext(), tqdm(planned, desc='stages', unit='stage', disable=None if first else True) as bar:
+    alone = lambda context: context if first else contextlib.nullcontext()
+    with alone(locked(run_dir)), alone(paged(run_dir, say)), tqdm(planned, desc='stages', unit='stage', disable=None if first else True) as bar:
         if first: sweep(run_dir)
         for stage in bar:
             bar.set_description(stage); bar.set_postfix_str('')
@@ -232,7 +244,7 @@ def run_stages(
             if first: say(f'{stage:<20} done in {rows[-1][2]:.1f} s ({reason})' if reason else f'{stage:<20} skipped, nothing changed')
     return rows
 
-# %% ../nbs/08_runner.ipynb #6a1c3f91
+# %% ../nbs/08_runner.ipynb #7831ca6c
 class Parser(argparse.ArgumentParser):
     "argparse that ends with exit code 1 and one sentence."
     def error(self, message): self.exit(1, f'{self.prog}: {message}; see {self.prog} --help\n')
@@ -246,6 +258,8 @@ same command goes on at that stage. The first failing cell stops the run; exit c
 some hours (Kaggle): --budget_hours and --disk_gb stop it in time, with exit code 2, and --resume_from takes the
 finished stages of earlier sessions over by linking them. On several GPUs: put `accelerate launch --multi_gpu
 --num_processes 2 --no_python` before the command; networks are then trained on all of them (docs/devices.md).
+report.html in <run_dir> gathers all stages: results, curves,
+figures, parameters, time and memory; mscan_runreport writes it again.
 
 Presets: smoke proves the wiring, demo learns from the phantom on two cores, science trains every row of the paper's
 tables on 600 phantom studies, paper has the paper's numbers. A preset

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import mscan
 
-# %% ../nbs/07_runs.ipynb #ef42aabd
+# %% ../nbs/07_runs.ipynb #b9473279
 STAGES = ('10_prepare', '20_keypoints', '21_projection', '22_sides', '30_crops', '31_encoders', '40_levels', '42_grading',
           '45_variants', '50_evaluate', '60_submission')  # in this order; 41_crossattention holds networks and has no run
 MANIFEST, UNFINISHED = 'manifest.json', 'manifest.unfinished.json'
@@ -203,7 +203,7 @@ def read_manifest(
     if lacks: raise RunError(f'manifest {file} lacks {", ".join(lacks)}; run stage {stage} again')
     return Manifest(run_dir, stage, record)
 
-# %% ../nbs/07_runs.ipynb #4d69bd77
+# %% ../nbs/07_runs.ipynb #7653b9d8
 def plain(value):
     "`value` as JSON can hold it: numpy scalars and arrays to Python, nan and infinities to None, paths to text."
     if isinstance(value, dict): return {str(k): plain(v) for k, v in value.items()}
@@ -258,10 +258,11 @@ def trainings() -> list:
     "What the trainings of this process cost, of `mscan.training`, which is not imported for it."
     return getattr(sys.modules.get('mscan.training'), 'TRAININGS', [])
 
-# %% ../nbs/07_runs.ipynb #810fe47e
+# %% ../nbs/07_runs.ipynb #d978e385
 def open_folder(
-    folder, # the stage's folder
-    record, # written into it as the mark of an unfinished stage
+    folder,  # the stage's folder
+    record,  # written into it as the mark of an unfinished stage
+    keep=(), # names in it that the stage itself checks before it uses them
 ):
     "Makes or empties a stage's folder, but for the notebook that papermill is writing. Raises `RunError` for a folder no stage made."
     old = [p for p in folder.iterdir() if p.name != f'{folder.name}.ipynb'] if folder.is_dir() else []
@@ -270,11 +271,11 @@ def open_folder(
     folder.mkdir(parents=True, exist_ok=True)
     (folder/UNFINISHED).write_text(json.dumps(plain(record), indent=1), encoding='utf-8')
     (folder/MANIFEST).unlink(missing_ok=True)
-    for p in old:
+    for p in (p for p in old if p.name not in keep):
         if p.is_dir() and not p.is_symlink(): shutil.rmtree(p)
         elif p.name != UNFINISHED: p.unlink(missing_ok=True)
 
-# %% ../nbs/07_runs.ipynb #9e74ca2e
+# %% ../nbs/07_runs.ipynb #9570ba3e
 @dataclass
 class Stage:
     "A stage at work. Made by `Stage.begin`, closed by `finish`."
@@ -284,10 +285,10 @@ class Stage:
     started: float # clock at the start, s
 
     @classmethod
-    def begin(cls, stage, namespace, nbs=None) -> 'Stage':
-        "First line of a run part, as `Stage.begin('20_keypoints', globals())`: takes the parameters, empties the stage's folder."
+    def begin(cls, stage, namespace, nbs=None, keep=()) -> 'Stage':
+        "First line of a run part, as `Stage.begin('20_keypoints', globals())`: takes the parameters, empties the stage's folder but for `keep`."
         run_dir, record = stage_record(stage, namespace, nbs)
-        open_folder(run_dir/stage, record)
+        open_folder(run_dir/stage, record, keep)
         os.environ.update(json.loads(os.environ.pop(PROCESSES, '{}')))  # only now: the lessons before were this kernel's own
         trainings().clear()                                     # those of the lessons before
         return cls(run_dir, stage, record, time.perf_counter())

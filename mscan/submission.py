@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PROVENANCE', 'MEAN_PROVENANCE', 'GRADING', 'ROW_BYTES', 'write_results', 'joint_reason', 'average_runs', 'failure',
-           'read_grey', 'read_normalised', 'sound_rows', 'fallback_rows', 'predict_study', 'predict_found',
-           'read_ahead', 'predict_all', 'load_members', 'grader', 'member_runs', 'run_manifests', 'made_ready',
-           'graded', 'in_budget', 'predict', 'mscan_predict']
+           'grey_study', 'read_grey', 'read_normalised', 'sound_rows', 'fallback_rows', 'predict_study',
+           'predict_found', 'read_ahead', 'predict_all', 'load_members', 'grader', 'member_runs', 'run_manifests',
+           'made_ready', 'graded', 'in_budget', 'predict', 'mscan_predict']
 
 # %% ../nbs/60_submission.ipynb #6211eec2
 import errno
@@ -98,7 +98,7 @@ def average_runs(
     mean['reason'] = [joint_reason(why) for why in zip(*(t.reason for t in tables), strict=True)]
     return mean.assign(models=[f'{n} of {runs or len(tables)}' for n in model.sum(0)])
 
-# %% ../nbs/60_submission.ipynb #f1080f87
+# %% ../nbs/60_submission.ipynb #346ac8ef
 def failure(
     error: BaseException,
 ) -> str:
@@ -108,18 +108,25 @@ def failure(
     return f'grading failed: {type(error).__name__}: {discreet(text)[:200]}'
 
 
-def read_grey(
-    found: Found, descriptions,
+def grey_study(
+    study,                    # as read
     low: float, high: float,  # percentiles that become black and white
-    limits: Limits=Limits(),
 ):                            # Study
-    "A test study as every stage sees it: 8 bits, stored by convention."
-    (study, _), series = read_any(found, descriptions, limits), []
+    "A study as every stage sees it: 8 bits, stored by convention; a series that cannot be brought there is left out."
+    series, problems = [], list(study.problems)
     for s in study.series:
         try: series.append(conventional(normalise(s, low, high)))
-        except Exception as e: study.problems.append(f'series {s.series_id} left out: {failure(e)}')
-    study.series = series
-    return study
+        except Exception as e: problems.append(f'series {s.series_id} left out: {failure(e)}')
+    return replace(study, series=series, problems=problems)
+
+
+def read_grey(
+    found: Found, descriptions,
+    low: float, high: float,  # of `grey_study`
+    limits: Limits=Limits(),
+):                            # Study
+    "A test study, read and brought to grey values."
+    return grey_study(read_any(found, descriptions, limits)[0], low, high)
 
 
 def read_normalised(data_dir, study_id: str, descriptions, low: float, high: float):
