@@ -17,7 +17,7 @@ SCIENCE ?= runs/science
 
 KAGGLE_USER ?= your-kaggle-name
 
-.PHONY: setup demo proof science kaggle test test-all benchmarks speed lessons lock clean
+.PHONY: setup demo proof science kaggle test test-all benchmarks speed lessons docs lock clean
 
 setup: $(STAMP)
 
@@ -38,6 +38,7 @@ demo: setup
 	$(BIN)/mscan_phantom --out $(DATA) --studies 84 --test_studies 32 --seed 1
 	$(BIN)/mscan_run --data_dir $(DATA) --run_dir $(RUN) --preset demo
 	$(BIN)/mscan_evaluate --run_dir $(RUN) --train_csv $(DATA)/test_labels.csv --truth_csv $(DATA)/truth.csv --json $(RUN)/held_out.json
+	$(BIN)/mscan_runreport --run_dir $(RUN)
 
 # The demo's run on 104 phantom studies that nothing was chosen on: score per condition, level and side; places of foramina and recesses; what a missing series costs. 10 minutes beyond the demo.
 proof: demo
@@ -52,6 +53,7 @@ science: setup
 	$(BIN)/mscan_phantom --out data/science --studies 600 --test_studies 0 --seed 5
 	$(BIN)/mscan_run --data_dir data/science --run_dir $(SCIENCE) --preset science
 	$(BIN)/mscan_evaluate --run_dir $(SCIENCE) --truth_csv data/science/truth.csv --json $(SCIENCE)/held_out.json
+	$(BIN)/mscan_runreport --run_dir $(SCIENCE)
 
 # A data set and notebooks for Kaggle, of a finished run; see submission/README.md. Nothing is uploaded.
 kaggle: setup
@@ -75,6 +77,10 @@ speed: setup
 lessons: setup
 	$(BIN)/python tests/lessons.py $(N)
 	$(BIN)/nbdev_clean
+
+# Rewrite what pages take from notebooks, presets and README.
+docs: setup
+	$(BIN)/python docs/parameters.py
 
 clean:
 	rm -rf $(RUN) $(DATA) build dist *.egg-info

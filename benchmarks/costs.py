@@ -1,7 +1,7 @@
 """What would a preset cost on the real data set? Arithmetic, not a measurement: images of a stage x epochs x operations an image, counted on the network itself, over what a device sustains.
 
 How many images a study a stage trains on was counted in a run of the demo on phantom studies; the number of studies is that of the RSNA 2024 training set. Operations are counted by torch on one forward pass; a training step counts as three.
-Memory is what autograd keeps for one image, measured on the CPU in float32 and halved for bf16, times the batch, with weights, gradients and the two moments of AdamW.
+Memory is what autograd keeps for one image, measured on the CPU in float32 and halved for bf16 (but for YOLO, which trains in float32), times the batch, with weights, gradients and the two moments of AdamW.
 `python -m benchmarks.costs` writes the table between the markers of docs/costs.md.
 """
 import argparse
@@ -72,14 +72,15 @@ def features(preset: str) -> tuple:
 
 def table(preset: str) -> list:
     "Lines of a Markdown table."
-    lines, total = [f'| {preset} | images | epochs | GFLOP an image | PFLOP | ' + ' | '.join(f'h, {d}' for d in SUSTAINED) + ' | GPU MiB in bf16 |', '|---' * (6 + len(SUSTAINED)) + '|'], 0.
+    lines, total = [f'| {preset} | images | epochs | GFLOP an image | PFLOP | ' + ' | '.join(f'h, {d}' for d in SUSTAINED) + ' | GPU MiB |', '|---' * (6 + len(SUSTAINED)) + '|'], 0.
     def line(name, images, epochs, flops, work, mib):
         return f'| {name} | {images:,.0f} | {epochs} | {flops / 1e9:.2f} | {work / 1e15:.1f} | ' + ' | '.join(f'{work / rate / 3600:.2f}' for rate in SUSTAINED.values()) + f' | {mib} |'
     for name, net, channels, size_px, per_study, epochs, batch in stages(preset):
         flops, kept = counted(net, channels, size_px)
+        held = batch * kept / (1 if name.startswith('40_levels') else 2)
         weights, images = sum(p.numel() for p in net.parameters()), STUDIES * per_study
         work = 3 * flops * images * epochs
-        lines.append(line(name, images, epochs, flops, work, f'{(batch * kept / 2 + 16 * weights) / 2**20:,.0f}'))
+        lines.append(line(name, images, epochs, flops, work, f'{(held + 16 * weights) / 2**20:,.0f}'))
         total += work
     net, size_px, per_study = features(preset)
     flops, work = counted(net, 1, size_px)[0], counted(net, 1, size_px)[0] * STUDIES * per_study

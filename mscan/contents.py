@@ -281,7 +281,7 @@ def _contrasts(series, turned, folder, described, always, findings):
         if (spot := axial_spot(s)) < SPOT_T1: findings.append(_finding(s.series_id, 'axial_t1', s.view, f'T1 (spot {spot:.2f})', 'kept'))
     return out
 
-# %% ../nbs/091_contents.ipynb #2661fff9
+# %% ../nbs/091_contents.ipynb #75e89d27
 NEAR_MM = 8.           # a point farther from every plane of a series is not on it; `mscan.projection` reaches as far
 BORDER_MM = 10.        # a point nearer to the border has less than half of its crop
 STEP_MM = (10., 50.)   # between canal points of neighbouring levels; 21 to 36 mm on real studies
@@ -312,7 +312,7 @@ def out_of_view(
     table = coverage(study, xyz_mm)[np.isfinite(np.asarray(xyz_mm, float)).all(1)]
     return [f"{view.replace('_', ' ')}: {' '.join(table.index[~table[view]])} not in view" for view in table if not table[view].all()]
 
-
+# %% ../nbs/091_contents.ipynb #424b5dc3
 def level_doubts(
     series: Series,    # sagittal series on which the points lie
     xyz_mm,            # (5, 3) mm canal points, L1/L2 to L5/S1

@@ -7,7 +7,7 @@ __all__ = ['TABLES', 'noted', 'read_tables', 'series_report', 'remarks_on', 'stu
            'read_any', 'cache_study', 'jobs_of', 'read_studies', 'split_rows', 'stored_series', 'load_study',
            'read_folder', 'note_coverage', 'write_tables', 'load_tables', 'prepare', 'sentence']
 
-# %% ../nbs/10_prepare.ipynb #d3267bb1
+# %% ../nbs/10_prepare.ipynb #d6e9ebbd
 import json
 import sys
 import warnings
@@ -19,6 +19,7 @@ import pandas as pd
 
 from .contents import examine, out_of_view
 from .dicom import Series, Study, read_study
+from .engines import engine_of
 from .files import whole_files
 from .folders import Found, Limits, read_found
 from .images import normalise
@@ -29,7 +30,7 @@ from .points import GEOMETRY, clean_points, slice_rows
 from .rsna import LEVELS, VIEWS, TableError, TableWarning, check_id, discover_studies, read_coordinates, read_descriptions, read_train
 from .split import read_folds, split_folds
 from .unchanged import file_print, fingerprint, lasts, listed_studies, package_code, read_index, reading_code, settle, settled, unchanged, write_index
-from .workers import pooled
+from .workers import guarded, pooled
 
 # %% ../nbs/10_prepare.ipynb #1baa73c9
 def noted(
@@ -166,7 +167,7 @@ def cache_study(
             offset += int(series.shape.prod(1).sum())
     return (pd.concat(rows) if rows else pd.DataFrame()), report
 
-# %% ../nbs/10_prepare.ipynb #8494ebe9
+# %% ../nbs/10_prepare.ipynb #b17f3ef3
 TABLES = tuple(f'{name}.csv' for name in ('train', 'train_label_coordinates', 'train_series_descriptions', 'test_series_descriptions'))
 
 
@@ -192,11 +193,12 @@ def jobs_of(
 def read_studies(
     jobs: dict, cache,       # of `jobs_of`; folder of the pixel files
     workers: int=2, progress: bool=True,
+    engine=guarded,          # what answers jobs, see `mscan.engines`
 ):                           # study -> dict(key, report, rows), in the order of the jobs; how many were read
     "Read what is new or changed, and note it."
     known = read_index(cache)
     todo = [s for s, (_, key) in jobs.items() if not unchanged(known, cache, s, key)]
-    fresh = dict(zip(todo, pooled(cache_study, [jobs[s][0] for s in todo], workers, 'read', progress), strict=True))
+    fresh = dict(zip(todo, pooled(cache_study, [jobs[s][0] for s in todo], workers, 'read', progress, engine=engine), strict=True))
     studies = {s: dict(key=key, rows=fresh[s][0], report=fresh[s][1]) if s in fresh else known[s] for s, (_, key) in jobs.items()}
     if todo or set(known) != set(jobs): write_index(cache, studies)
     return studies, len(todo)
@@ -246,12 +248,12 @@ def load_study(
     study.series = stored_series(study_id, rows, pixels)
     return study
 
-# %% ../nbs/10_prepare.ipynb #eeb4f8bc
+# %% ../nbs/10_prepare.ipynb #7c2f6f16
 def read_folder(
     data_dir, cache,                        # competition folder; folder of the pixel files
     low: float, high: float, coords_csv: str,
     listed: dict,                           # of `listed_studies`
-    workers: int=2, progress: bool=True,
+    workers: int=2, progress: bool=True, engine=guarded,
 ):                                          # tables of the training part, ids of its studies (set), notes, studies of `read_studies`, how many were read
     "The tables and the studies of a competition folder; raises TableError where there is nothing to train on."
     train, hidden = read_tables(data_dir, 'train', coords_csv), read_tables(data_dir, 'test')
@@ -260,7 +262,7 @@ def read_folder(
     notes = train.notes + hidden.notes + ([f'{len(repeated)} studies are in train_images and in test_images: they are left out of training'] if repeated else [])
     own = [s for s in train.studies if s not in repeated]
     jobs = jobs_of(data_dir, dict(train=train, test=hidden), dict(train=own, test=hidden.studies), listed, cache, low, high)
-    return train, set(own), notes, *read_studies(jobs, cache, workers, progress)
+    return train, set(own), notes, *read_studies(jobs, cache, workers, progress, engine)
 
 # %% ../nbs/10_prepare.ipynb #8f71e0f0
 def note_coverage(
@@ -319,7 +321,7 @@ def load_tables(
                            problems={r['study_id']: r['problems'] for r in quality['studies']},
                            by_study=split_rows(tables['slices']))
 
-# %% ../nbs/10_prepare.ipynb #07792c0e
+# %% ../nbs/10_prepare.ipynb #fc83dd22
 def prepare(
     data_dir,                      # competition folder
     out,                           # folder for the products
@@ -336,15 +338,17 @@ def prepare(
     folds_csv: str='',             # a user's own folds, see `mscan.split.read_folds`
     oof_csv: str='',               # held-out predictions that doubt labels, see `mscan.noise`
     drop_noisy: float=0.,          # leave out labels of the training part that are doubted by more than this; 0: off
+    engine: str='local',           # what reads, see `mscan.engines`
+    ray_address: str='',
 ) -> SimpleNamespace:              # as `load_tables`, and read: how many studies were new or changed
     "Read a competition folder into tables and a pixel cache; raises TableError where there is nothing to train on."
-    out, split = Path(out), SimpleNamespace(validation=validation, test=test, seed=seed, folds=folds, fold=fold, folds_csv=folds_csv, oof_csv=oof_csv, drop_noisy=drop_noisy)
+    out, answered, split = Path(out), engine_of(engine, ray_address), SimpleNamespace(validation=validation, test=test, seed=seed, folds=folds, fold=fold, folds_csv=folds_csv, oof_csv=oof_csv, drop_noisy=drop_noisy)
     (out / 'cache').mkdir(parents=True, exist_ok=True)
     listed, read = listed_studies(data_dir), 0
     files = [Path(data_dir) / name for name in TABLES] + [coords_csv, folds_csv, oof_csv]
     key = fingerprint(package_code(), vars(split), low, high, [file_print(f) for f in files], listed)
     if not settled(out, key):
-        train, own, notes, found, read = read_folder(data_dir, out / 'cache', low, high, coords_csv, listed, workers, progress)
+        train, own, notes, found, read = read_folder(data_dir, out / 'cache', low, high, coords_csv, listed, workers, progress, answered)
         write_tables(out, train, own, notes, found, split)
         if all(lasts(v['report']) for v in found.values()): settle(out, key)
     tables = load_tables(out)
