@@ -11,7 +11,6 @@ import subprocess
 import sys
 from configparser import ConfigParser
 from functools import cache
-from pathlib import Path
 
 import pytest
 import yaml
