@@ -11,11 +11,13 @@ export YOLO_AUTOINSTALL = 0
 
 BENCHMARKS ?= prevalence intersections difficulty views scanners shortcuts localiser
 
+SPEED ?= speed_decode speed_prepare speed_networks speed_stage3 speed_inference speed_growth
+
 SCIENCE ?= runs/science
 
 KAGGLE_USER ?= your-kaggle-name
 
-.PHONY: setup demo proof science kaggle test test-all benchmarks lessons docs lock clean
+.PHONY: setup demo proof science kaggle test test-all benchmarks speed lessons docs lock clean
 
 setup: $(STAMP)
 
@@ -36,6 +38,7 @@ demo: setup
 	$(BIN)/mscan_phantom --out $(DATA) --studies 84 --test_studies 32 --seed 1
 	$(BIN)/mscan_run --data_dir $(DATA) --run_dir $(RUN) --preset demo
 	$(BIN)/mscan_evaluate --run_dir $(RUN) --train_csv $(DATA)/test_labels.csv --truth_csv $(DATA)/truth.csv --json $(RUN)/held_out.json
+	$(BIN)/mscan_runreport --run_dir $(RUN)
 
 # The demo's run on 104 phantom studies that nothing was chosen on: score per condition, level and side; places of foramina and recesses; what a missing series costs. 10 minutes beyond the demo.
 proof: demo
@@ -50,6 +53,7 @@ science: setup
 	$(BIN)/mscan_phantom --out data/science --studies 600 --test_studies 0 --seed 5
 	$(BIN)/mscan_run --data_dir data/science --run_dir $(SCIENCE) --preset science
 	$(BIN)/mscan_evaluate --run_dir $(SCIENCE) --truth_csv data/science/truth.csv --json $(SCIENCE)/held_out.json
+	$(BIN)/mscan_runreport --run_dir $(SCIENCE)
 
 # A data set and notebooks for Kaggle, of a finished run; see submission/README.md. Nothing is uploaded.
 kaggle: setup
@@ -64,6 +68,10 @@ test-all: setup
 # Is the phantom worth learning from? About an hour; the last one needs the run of `make demo`. See benchmarks/README.md.
 benchmarks: setup
 	for b in $(BENCHMARKS); do $(BIN)/python -m benchmarks.$$b --check || exit 1; done
+
+# How fast is it? For a machine with nothing else to do; the last two take the run of `make demo`. Tables, JSON and pictures lie in runs/benchmarks. See benchmarks/README.md.
+speed: setup
+	for b in $(SPEED); do $(BIN)/python -m benchmarks.$$b --check || exit 1; done
 
 # Run the lessons of every notebook (or N=name) and store what they show; the run parts are left alone.
 lessons: setup

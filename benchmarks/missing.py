@@ -21,17 +21,12 @@ from mscan.prepare import read_tables
 from mscan.rsna import LEVELS, PROBS, read_train
 from mscan.runs import read_manifest
 from mscan.sidecrops import OWN_CONTRAST
+from mscan.studies import WAYS, without
 from mscan.submission import GRADING, read_normalised
 
 from ._common import Report, parser
 
-WAYS = {'no sagittal T1': 'sagittal_t1', 'no sagittal T2': 'sagittal_t2', 'no axial T2': 'axial_t2'}   # name -> view taken away
 ONE_SERIES, WHOLE = 'one of several axial series', 'whole'
-
-
-def without(study, view: str):
-    "The study as it is read when a view is absent."
-    return replace(study, series=[s for s in study.series if s.view != view], problems=[*study.problems, f"no {dict(zip(WAYS.values(), WAYS))[view][3:]} series"])
 
 
 def with_one_axial(study, slices: dict):

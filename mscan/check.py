@@ -7,7 +7,7 @@ __all__ = ['SEQUENCE', 'VERSION', 'KEYS', 'SMALL', 'job_of', 'jobs_of', 'sequenc
            'label_sentences', 'read_job', 'study_record', 'code_key', 'listing', 'job_key', 'stored', 'check_job',
            'failed', 'check_studies', 'summed', 'check', 'text_lines', 'mscan_check']
 
-# %% ../nbs/11_check.ipynb #23032a26
+# %% ../nbs/11_check.ipynb #1d28306e
 import hashlib
 import json
 import os
@@ -26,6 +26,7 @@ from tqdm.auto import tqdm
 import mscan
 from .contents import out_of_view
 from .dicom import Study
+from .engines import engine_of
 from .files import whole_files
 from .flags import SEVERITIES, count_flags, discreet, flags_of, odd_series, urgency, worst
 from .folders import Refused, find_studies, write_ids
@@ -228,7 +229,7 @@ def failed(job, why: str) -> dict:
     flags = flags_of(([why], 'ungraded'))
     return dict(study_id=job.study_id, split=job.split, severity='ungraded', flags=flags, series=[], problems=[why], remarks=[], findings=[], pictures=[])
 
-# %% ../nbs/11_check.ipynb #3f5e4e94
+# %% ../nbs/11_check.ipynb #4422c199
 KEYS = dict(format='mscan_check', version='of this file; a key keeps its meaning within a version', title='the folder, where it is in the competition format', keys='what each key means',
             notes='sentences about the folder as a whole', summary='studies, series, severities (studies of each), flags (code, severity, studies, flags)',
             train='studies to train on', test='studies to grade, or of any folder of DICOM files',
@@ -244,6 +245,7 @@ def check_studies(
     seconds: float=600.,   # for one study
     progress: bool=True,
     pictures: bool=True,
+    engine=guarded,        # what answers jobs, see `mscan.engines`
 ):                         # records in the order of the jobs, without pictures; number of studies that were read
     "Check every study that the cache does not know as it is now."
     code, records = code_key() if cache else '', {}
@@ -255,12 +257,12 @@ def check_studies(
         if (record := stored(job)): records[k] = record
     todo = [k for k in range(len(jobs)) if k not in records]
     with tqdm(total=len(jobs), initial=len(records), desc='check', unit=' studies', disable=not progress or None, leave=False) as bar:
-        for k, answer in guarded(Same(check_job), [jobs[k] for k in todo], max(1, workers), seconds):
+        for k, answer in engine(Same(check_job), [jobs[k] for k in todo], workers if engine is not guarded else max(1, workers), seconds):
             records[todo[k]] = failed(jobs[todo[k]], f'the check itself failed: {answer.reason}') if isinstance(answer, Lost) else answer
             bar.update()
     return [records[k] for k in range(len(jobs))], len(todo)
 
-# %% ../nbs/11_check.ipynb #b448fac9
+# %% ../nbs/11_check.ipynb #9ddae7dc
 def summed(
     records: list, title: str, notes: list,
 ) -> dict:                                     # the report, as `KEYS` says
@@ -281,13 +283,14 @@ def check(
     seconds: float=600.,   # for one study
     progress: bool=True,
     ids_csv='',            # write here which UIDs short ids stand for
+    engine: str='local', ray_address: str='',
 ) -> dict:                 # the report, and in `read` how many studies were read
     "Check a folder and write the page. Raises TableError where there is nothing to check."
-    found = jobs_of(data_dir, progress)
+    answered, found = engine_of(engine, ray_address), jobs_of(data_dir, progress)
     if ids_csv and found.ids is None: raise TableError(f'{data_dir} is in the competition format, and its ids are those of its folders: there is no ids_csv to write')
     if ids_csv: write_ids(found.ids, ids_csv)
     cache = Path(out) / 'cache' if out else ''
-    records, read = check_studies(found.jobs, cache, workers, seconds, progress, bool(out) and thumbnails > 0)
+    records, read = check_studies(found.jobs, cache, workers, seconds, progress, bool(out) and thumbnails > 0, answered)
     report = summed(records, 'a folder of DICOM files' if found.jobs[0].found else Path(data_dir).absolute().name, found.notes)
     if out:
         by_id = {(j.split, j.study_id): j for j in found.jobs}
@@ -298,7 +301,7 @@ def check(
         for old in set(cache.glob('*.json')) - {Path(j.cache) for j in found.jobs}: old.unlink(missing_ok=True)   # of studies that are gone
     return report | dict(read=read)
 
-# %% ../nbs/11_check.ipynb #25f6cc78
+# %% ../nbs/11_check.ipynb #2ec9a175
 SMALL = 60   # studies of which every series is printed
 
 
@@ -328,10 +331,12 @@ def mscan_check(
     thumbnails: Param('so many studies get pictures, the most urgent ones; about 17 kB each', int)=300,
     seconds: Param('give a study up that takes longer; 0: never', float)=600.,
     ids_csv: Param('of a folder that is grouped by UIDs: write here which UID each short id stands for. It may lead to persons', str)='',
+    engine: Param('local, or ray: the workers of a Ray cluster (pip install "mscan[ray]"); 0 workers are then as many as it has room for', str)='local',
+    ray_address: Param('of a Ray cluster to join, auto or host:port; without it one is started on this machine', str)='',
 ):
     "Say of every study in a folder what is there, what was decided and why, and which ones need a look first."
     try:
-        report = check(data_dir, out, workers, max(0, thumbnails), seconds, True, ids_csv)
+        report = check(data_dir, out, workers, max(0, thumbnails), seconds, True, ids_csv, engine, ray_address)
         if json_file:
             with whole_files(json_file) as (half,): half.write_text(json.dumps({k: v for k, v in report.items() if k != 'read'}, indent=1), encoding='utf-8')
     except (ValueError, RuntimeError, OSError) as e: sentence(e)

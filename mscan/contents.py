@@ -281,7 +281,7 @@ def _contrasts(series, turned, folder, described, always, findings):
         if (spot := axial_spot(s)) < SPOT_T1: findings.append(_finding(s.series_id, 'axial_t1', s.view, f'T1 (spot {spot:.2f})', 'kept'))
     return out
 
-# %% ../nbs/091_contents.ipynb #7d94b63b
+# %% ../nbs/091_contents.ipynb #75e89d27
 NEAR_MM = 8.           # a point farther from every plane of a series is not on it; `mscan.projection` reaches as far
 BORDER_MM = 10.        # a point nearer to the border has less than half of its crop
 STEP_MM = (10., 50.)   # between canal points of neighbouring levels; 21 to 36 mm on real studies
@@ -294,10 +294,13 @@ def coverage(
 ) -> pd.DataFrame:     # index LEVELS, a bool column a view that the study has
     "Which levels each view of a study shows."
     xyz, seen = np.asarray(xyz_mm, float), {}
+    places = np.nan_to_num(xyz, nan=1e6)
     for view in VIEWS.values():
-        for s in study.of(view):
-            away = plane_distances(s, np.nan_to_num(xyz, nan=1e6))                       # (n, 5)
-            on = np.array([contains(plane_of(s, i), np.nan_to_num(xyz[j], nan=1e6)) for j, i in enumerate(away.argmin(0))])
+        for s in (s for s in study.series if s.view == view):
+            away = plane_distances(s, places)                                            # (n, 5)
+            i = away.argmin(0)                                                           # the nearest slice of each level
+            xy = np.einsum('jac,jc->ja', s.image_orientation[i].reshape(-1, 2, 3), places - s.image_position[i]) / s.pixel_spacing[i, ::-1]
+            on = ((xy >= -.5) & (xy <= s.shape[i, ::-1] - .5)).all(1)
             seen[view] = seen.get(view, False) | (on & (away.min(0) <= NEAR_MM))
     return pd.DataFrame(seen, index=list(LEVELS))
 
@@ -309,7 +312,7 @@ def out_of_view(
     table = coverage(study, xyz_mm)[np.isfinite(np.asarray(xyz_mm, float)).all(1)]
     return [f"{view.replace('_', ' ')}: {' '.join(table.index[~table[view]])} not in view" for view in table if not table[view].all()]
 
-
+# %% ../nbs/091_contents.ipynb #424b5dc3
 def level_doubts(
     series: Series,    # sagittal series on which the points lie
     xyz_mm,            # (5, 3) mm canal points, L1/L2 to L5/S1

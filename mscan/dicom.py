@@ -9,16 +9,18 @@ __all__ = ['STACK_TOLERANCE_DEG', 'SAME_FIELD', 'RISING', 'MAX_AWAY_MM', 'SPACIN
            'shown_name', 'slice_files', 'read_slices', 'one_plane', 'one_each', 'number_all', 'read_series',
            'read_study']
 
-# %% ../nbs/01_dicom.ipynb #1fc4243d
+# %% ../nbs/01_dicom.ipynb #0838a6c6
 import os
 import re
 import warnings
 from dataclasses import dataclass, field
+from math import isfinite
 from pathlib import Path
 
 import numpy as np
 
-from .pixels import GDCM, DecoderDied, DicomError, file_bytes, parse, picture, pixel_facts, said
+from .headers import DicomError, file_bytes, parse, parse_head, said, value_of
+from .pixels import GDCM, DecoderDied, picture, pixel_facts
 from .rsna import VIEWS, read_descriptions
 
 # %% ../nbs/01_dicom.ipynb #88b5cd11
@@ -106,7 +108,7 @@ def order_slices(
     order = np.lexsort(((middle * normal).sum(1), rank[group]))
     return order, rank[group][order]
 
-# %% ../nbs/01_dicom.ipynb #5637b59f
+# %% ../nbs/01_dicom.ipynb #8b69291f
 MAX_AWAY_MM = 1e4            # of a slice from the scanner's origin; a scanner is two metres long
 SPACING_MM = (.05, 10.)      # between pixels; real slices have .2 to 2 mm
 ORTHONORMAL = 1e-3           # of the scalar products of the two directions, as in `mscan.geometry`
@@ -118,11 +120,14 @@ def number_of(
     file: Path,
 ):             # int, or None where neither has a usable one
     "The slice's number: of its header, else the last one in the file's name."
-    for read in (lambda: dataset.get('InstanceNumber'), lambda: re.findall(r'[0-9]+', file.stem)[-1]):
+    for read in (lambda: value_of(dataset, 'InstanceNumber'), lambda: re.findall(r'[0-9]+', file.stem)[-1]):
         try: number = int(read())
         except Exception: continue
         if abs(number) <= MAX_NUMBER: return number
     return None
+
+
+def _dot(a, b): return sum(p * q for p, q in zip(a, b, strict=True))   # of three numbers: numpy takes ten times longer
 
 
 def read_header(
@@ -131,22 +136,22 @@ def read_header(
 ) -> dict:  # position, orientation, spacing, shape, instance_number (or None), dataset
     "The facts of one slice; raises DicomError with a sentence where one is absent or absurd."
     file = Path(file)
-    dataset = parse(file_bytes(file), pixels)
+    dataset = parse(file_bytes(file)) if pixels else parse_head(file)
     if pixels and 'PixelData' not in dataset: raise DicomError('no pixel data; the file may be cut off')
     facts = dict(dataset=dataset)
     for name, keyword, size in (('position', 'ImagePositionPatient', 3), ('orientation', 'ImageOrientationPatient', 6), ('spacing', 'PixelSpacing', 2)):
-        try: value = np.array([float(v) for v in dataset[keyword].value])
+        try: value = [float(v) for v in value_of(dataset, keyword)]
         except Exception: raise DicomError(f'no usable {keyword}') from None
-        if value.shape != (size,) or not np.isfinite(value).all(): raise DicomError(f'{keyword} is not {size} finite numbers')
-        facts[name] = value
-    directions = facts['orientation'].reshape(2, 3)
-    if np.abs(directions).max() > 2 or np.abs(directions @ directions.T - np.eye(2)).max() > ORTHONORMAL: raise DicomError('ImageOrientationPatient is not two perpendicular unit vectors')
-    if not all(SPACING_MM[0] <= s <= SPACING_MM[1] for s in facts['spacing']): raise DicomError(f"PixelSpacing {facts['spacing']} is not between {SPACING_MM[0]} and {SPACING_MM[1]:.0f} mm")
-    if np.abs(facts['position']).max() > MAX_AWAY_MM: raise DicomError(f"ImagePositionPatient {facts['position']} is farther than {MAX_AWAY_MM / 1000:.0f} m away")
+        if len(value) != size or not all(map(isfinite, value)): raise DicomError(f'{keyword} is not {size} finite numbers')
+        facts[name] = np.array(value)
+    x, y = facts['orientation'].tolist()[:3], facts['orientation'].tolist()[3:]
+    if max(map(abs, x + y)) > 2 or max(abs(_dot(x, x) - 1), abs(_dot(y, y) - 1), abs(_dot(x, y))) > ORTHONORMAL: raise DicomError('ImageOrientationPatient is not two perpendicular unit vectors')
+    if not all(SPACING_MM[0] <= s <= SPACING_MM[1] for s in facts['spacing'].tolist()): raise DicomError(f"PixelSpacing {facts['spacing']} is not between {SPACING_MM[0]} and {SPACING_MM[1]:.0f} mm")
+    if max(map(abs, facts['position'].tolist())) > MAX_AWAY_MM: raise DicomError(f"ImagePositionPatient {facts['position']} is farther than {MAX_AWAY_MM / 1000:.0f} m away")
     claimed = pixel_facts(dataset)
     return facts | dict(shape=(claimed['rows'], claimed['columns']), instance_number=number_of(dataset, file))
 
-# %% ../nbs/01_dicom.ipynb #10f66e00
+# %% ../nbs/01_dicom.ipynb #7b5c9b33
 MAX_RESCALE = 1e9  # of slope and intercept; what is larger is a damaged header, and would leave no grey values
 
 
@@ -155,11 +160,11 @@ def read_pixels(
 ) -> np.ndarray:  # (rows, columns), integer or float32 after a rescale
     "Pixels of one slice, brighter = more signal; raises DicomError where they cannot be decoded."
     pixels = picture(dataset)
-    try: slope, intercept = float(dataset.get('RescaleSlope') or 1), float(dataset.get('RescaleIntercept') or 0)
+    try: slope, intercept = float(value_of(dataset, 'RescaleSlope') or 1), float(value_of(dataset, 'RescaleIntercept') or 0)
     except Exception: raise DicomError('no usable RescaleSlope or RescaleIntercept') from None
     if not max(abs(slope), abs(intercept)) <= MAX_RESCALE: raise DicomError(f'RescaleSlope {slope:g} and RescaleIntercept {intercept:g} leave no grey values')
     if (slope, intercept) != (1, 0): pixels = (pixels * np.float32(slope) + np.float32(intercept)).astype(np.float32)
-    if dataset.get('PhotometricInterpretation') == 'MONOCHROME1': pixels = -pixels.astype(np.float32 if pixels.dtype.kind == 'f' else np.int32)   # one offset for the whole series
+    if value_of(dataset, 'PhotometricInterpretation') == 'MONOCHROME1': pixels = -pixels.astype(np.float32 if pixels.dtype.kind == 'f' else np.int32)   # one offset for the whole series
     return pixels
 
 # %% ../nbs/01_dicom.ipynb #4d33f500
@@ -201,7 +206,7 @@ def slice_files(
         folder = inside[0]
     raise DicomError(f'the folder {shown_name(folder.name)} lies too deep')
 
-# %% ../nbs/01_dicom.ipynb #ccc30412
+# %% ../nbs/01_dicom.ipynb #3a96f59f
 def read_slices(
     files,         # paths
     pixels: bool=True,
@@ -211,24 +216,23 @@ def read_slices(
     for path in files:
         file = shown_name(path.name)
         try:
-            if path.is_dir(): raise DicomError('a folder inside the folder of a series')
             facts = read_header(path, pixels)
             dataset = facts.pop('dataset')
             if deaths >= MAX_DEATHS and dataset.file_meta.TransferSyntaxUID in GDCM: raise DicomError(f'not tried: the decoder failed on {deaths} files of this series')
             size += 2 * facts['shape'][0] * facts['shape'][1]
             if pixels and size > MAX_BYTES: raise DicomError(FULL)
-            try: text = str(dataset.get('SeriesDescription') or '')
+            try: text = str(value_of(dataset, 'SeriesDescription') or '')
             except Exception: text = ''
-            try: echo = float(dataset.get('EchoTime') or 0)
+            try: echo = float(value_of(dataset, 'EchoTime') or 0)
             except Exception: echo = 0.
             found.append(facts | dict(file=file, image=read_pixels(dataset) if pixels else None, text=text, echo=echo))
         except DicomError as e:
             deaths += isinstance(e, DecoderDied)
-            left_out.append((file, str(e)))
+            left_out.append((file, 'a folder inside the folder of a series' if os.path.isdir(path) else str(e)))
         except Exception as e: left_out.append((file, f'unusable header ({said(e)})'))
     return found, left_out
 
-# %% ../nbs/01_dicom.ipynb #583d4573
+# %% ../nbs/01_dicom.ipynb #8e68a0e0
 PLANES = ('sagittal', 'coronal', 'axial')  # by the axis of the normal: x, y, z
 SAME_PLACE_MM = .05                        # between the middles of two slices; neighbours are some millimetres apart
 
@@ -237,7 +241,8 @@ def one_plane(
     found: list,  # facts of slices
 ):                # those in the plane that most have, list of (file name, reason)
     "Leave out slices of another plane."
-    axes = [int(np.abs(np.cross(f['orientation'][:3], f['orientation'][3:])).argmax()) for f in found]
+    lies = np.array([f['orientation'] for f in found])
+    axes = np.abs(np.cross(lies[:, :3], lies[:, 3:])).argmax(1).tolist()
     main = int(np.bincount(axes, minlength=3).argmax())
     return ([f for f, a in zip(found, axes, strict=True) if a == main],
             [(f['file'], f'a slice in another plane ({PLANES[a]}) than most of the series ({PLANES[main]}), such as a localiser') for f, a in zip(found, axes, strict=True) if a != main])
@@ -299,7 +304,7 @@ def read_series(
                   arrays['position'], arrays['orientation'], arrays['spacing'], arrays['shape'], arrays['instance_number'], stack,
                   [f['file'] for f in found], left_out + elsewhere + repeats, notes=notes)
 
-# %% ../nbs/01_dicom.ipynb #756185af
+# %% ../nbs/01_dicom.ipynb #e26e38c5
 def read_study(
     data_dir,            # competition folder
     split: str,          # 'train' or 'test'
@@ -335,5 +340,6 @@ def read_study(
     for s in study.series:
         if s.left_out: study.problems.append(f'series {s.series_id}: {len(s.left_out)} of {len(s) + len(s.left_out)} files left out ({s.left_out[0][1]})')
         study.problems += [f'series {s.series_id}: {note}' for note in s.notes]
-    study.problems += [f"no {'axial' if 'axial' in v else 'sagittal'} {v[-2:].upper()} series" for v in VIEWS.values() if not study.of(v)]
+    seen = {s.view for s in study.series}
+    study.problems += [f"no {'axial' if 'axial' in v else 'sagittal'} {v[-2:].upper()} series" for v in VIEWS.values() if v not in seen]
     return study

@@ -10,7 +10,7 @@ import os
 from contextlib import contextmanager
 from pathlib import Path
 
-# %% ../nbs/004_files.ipynb #e9fd08cf
+# %% ../nbs/004_files.ipynb #4dd7f9fc
 def forced(
     path,  # file or folder
 ):
@@ -25,16 +25,17 @@ def forced(
 
 @contextmanager
 def whole_files(
-    *paths,  # in existing folders
+    *paths,            # in existing folders
+    lasting=True,      # wait for the disk; False: the caller does, see `forced`, before anything says that they are there
 ):
     "Yields a path to write for each; all are renamed where the block ends well and removed where it does not. Raises OSError with the file's name."
     paths = [Path(p) for p in paths]
     halves = [p.with_name(f'.{os.getpid()}.{p.name}') for p in paths]         # the ending stays: np.save and others look at it
     try:
         yield halves
-        for half in halves: forced(half)
+        for half in halves if lasting else (): forced(half)
         for half, path in zip(halves, paths, strict=True): os.replace(half, path)
-        for folder in {p.parent for p in paths}: forced(folder)
+        for folder in {p.parent for p in paths} if lasting else (): forced(folder)
     except OSError as e:
         raise OSError(e.errno, f"{e.strerror or e}: {' and '.join(p.name for p in paths)} could not be written and stays as it was", str(paths[0].parent)) from e
     finally:

@@ -7,7 +7,7 @@ __all__ = ['MAX_TEXT', 'DIRECTORY', 'TEXTS', 'NUMBERS', 'HEAD_TAGS', 'SHORT_ECHO
            'STIR_MS', 'FLAIR_MS', 'SAME_PLANE', 'LOCALISER', 'DERIVED', 'read_head', 'planes_of', 'contrast_of',
            'view_of']
 
-# %% ../nbs/020_heads.ipynb #21d43526
+# %% ../nbs/020_heads.ipynb #e108852a
 import os
 import re
 from collections import Counter
@@ -16,9 +16,9 @@ from types import SimpleNamespace
 import numpy as np
 from pydicom.tag import Tag
 
-from .pixels import DicomError, file_bytes, parse
+from .headers import DicomError, parse_head, value_of
 
-# %% ../nbs/020_heads.ipynb #870c6810
+# %% ../nbs/020_heads.ipynb #703dd414
 MAX_TEXT = 128      # characters that are kept of an element
 DIRECTORY = '1.2.840.10008.1.3.10'  # SOP class of a DICOMDIR
 TEXTS = dict(study_uid='StudyInstanceUID', series_uid='SeriesInstanceUID', sop_uid='SOPInstanceUID', number='InstanceNumber', patient='PatientID', modality='Modality', description='SeriesDescription', protocol='ProtocolName')
@@ -33,10 +33,10 @@ def read_head(
     with open(file, 'rb') as stream:
         size, start = os.fstat(stream.fileno()).st_size, stream.read(132)
     if start[128:] != b'DICM': raise DicomError('empty file (0 bytes)' if not size else 'not a DICOM file')
-    data = parse(file_bytes(file), False, HEAD_TAGS)
+    data = parse_head(file, HEAD_TAGS)
 
     def value(keyword, of, data=data):
-        try: return of(data[keyword].value)
+        try: return of('' if (found := data.get(keyword) if keyword == 'InstanceNumber' else value_of(data, keyword)) is None else found)   # a number as it is written, 007 for instance
         except Exception: return of('')
     numbers = lambda v: tuple(float(x) for x in (v if isinstance(v, (list, tuple)) or hasattr(v, 'append') else [v])) if v not in ('', None) else ()
     return SimpleNamespace(file=str(file), size=size, kind=value('MediaStorageSOPClassUID', str, data.file_meta), **{k: value(w, lambda v: str('' if v is None else v).strip()[:MAX_TEXT]) for k, w in TEXTS.items()},

@@ -14,7 +14,7 @@ from .contents import STEP_MM
 from .dicom import Series
 from .rsna import LEVELS
 
-# %% ../nbs/097_points.ipynb #0ea1cf1d
+# %% ../nbs/097_points.ipynb #32ee17dc
 GEOMETRY = ('ipp_x', 'ipp_y', 'ipp_z', 'row_x', 'row_y', 'row_z', 'col_x', 'col_y', 'col_z', 'row_mm', 'column_mm')
 
 
@@ -24,13 +24,11 @@ def slice_rows(
     turned=False,    # (n, 2) bool: columns, rows of the file were reversed, see `mscan.mirror.stored_reversed`
 ) -> pd.DataFrame:   # one row a slice
     "The rows of the `slices` table for one series."
-    sizes = series.shape.prod(1)
-    table = pd.DataFrame(dict(study_id=series.study_id, series_id=series.series_id, view=series.view, slice_i=np.arange(len(series)), stack=series.stack,
-                              instance_number=series.instance_number, file=series.files, rows=series.shape[:, 0], columns=series.shape[:, 1],
-                              offset=offset + np.concatenate([[0], np.cumsum(sizes)[:-1]])))
-    table[list(GEOMETRY)] = np.hstack([series.image_position, series.image_orientation, series.pixel_spacing])
-    table[['x_reversed', 'y_reversed']] = np.broadcast_to(turned, (len(series), 2))
-    return table
+    sizes, n = series.shape.prod(1), len(series)
+    known = dict(study_id=series.study_id, series_id=series.series_id, view=series.view, slice_i=np.arange(n), stack=series.stack, instance_number=series.instance_number,
+                 file=series.files, rows=series.shape[:, 0], columns=series.shape[:, 1], offset=offset + np.concatenate([[0], np.cumsum(sizes)[:-1]]))
+    geometry = dict(zip(GEOMETRY, np.hstack([series.image_position, series.image_orientation, series.pixel_spacing]).T, strict=True))
+    return pd.DataFrame(known | geometry | dict(zip(('x_reversed', 'y_reversed'), np.broadcast_to(turned, (n, 2)).T, strict=True)))
 
 # %% ../nbs/097_points.ipynb #0f551cea
 CORRECTION = ['study_id', 'series_id', 'condition', 'level', 'wrong', 'done']
@@ -66,7 +64,7 @@ def locate_points(
     merged['slice_i'] = merged.slice_i.astype(int)
     return merged[PLACED], pd.concat(fixes, ignore_index=True)
 
-# %% ../nbs/097_points.ipynb #c47e6ab4
+# %% ../nbs/097_points.ipynb #d24033d4
 BELONGS = dict(spinal='sagittal_t2', foraminal='sagittal_t1', subarticular='axial_t2')   # a word of the condition -> view
 CARRY_MM = 5.       # a sagittal gap at most: farther away the point is on no slice
 
@@ -79,7 +77,8 @@ def carry_points(
     slices: pd.DataFrame,
 ):                         # points, corrections
     "Carry points on a series of another view to the view where they belong, through patient space."
-    wrong, by_study, moved, fixes = points[_belongs(points.condition) != points['view']], dict(tuple(slices.groupby('study_id'))), [], []
+    wrong, moved, fixes = points[_belongs(points.condition) != points['view']], [], []
+    by_study = dict(tuple(slices[slices.study_id.isin(wrong.study_id)].groupby('study_id')))
     for i, p in wrong.iterrows():
         t = by_study[p.study_id]
         t = t[t['view'] == _belongs(pd.Series([p.condition]))[0]]

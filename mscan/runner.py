@@ -4,15 +4,17 @@
 
 # %% auto #0
 __all__ = ['EPILOG', 'find_stages', 'as_type', 'unknown', 'read_preset', 'settle', 'plan', 'why_run', 'StageFailed', 'failure',
-           'environ', 'execute', 'locked', 'run_stages', 'Parser', 'run_parser', 'show_plan', 'mscan_run']
+           'environ', 'execute', 'locked', 'paged', 'run_stages', 'Parser', 'run_parser', 'show_plan', 'mscan_run']
 
-# %% ../nbs/08_runner.ipynb #b281ed63
+# %% ../nbs/08_runner.ipynb #1d5bba7e
 import argparse, contextlib, fcntl, os, re, sys, tempfile, textwrap, time
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 
 import mscan, yaml
 from tqdm import tqdm
+from .ranks import Crew, joined, sweep
 from .runs import (MANIFEST, UNFINISHED, STAGES, RunError, code_hash, declared_parameters, find_nbs, noted, portable,
                         project_root, read_manifest, resolve)
 from .session import SessionOver, adopt, drop_link, session_limits
@@ -158,7 +160,7 @@ def failure(
     return '\n'.join([f'stage {stage} failed{where}: {error}', *('  | ' + line for line in lines),
                       f'executed notebook: {executed}', f'Stages before it are kept; the same command goes on at {stage}.'])
 
-# %% ../nbs/08_runner.ipynb #832d0426
+# %% ../nbs/08_runner.ipynb #318e9d9d
 @contextlib.contextmanager
 def environ(**settings):
     "Environment variables for the length of a `with` block."
@@ -184,14 +186,14 @@ def execute(
             MSCAN_NBS=str(Path(notebook).parent), JUPYTER_RUNTIME_DIR=sockets, PYDEVD_DISABLE_FILE_VALIDATION='1'):
         try: papermill.execute_notebook(str(notebook), str(executed), parameters=values, kernel_name='python3', cwd=str(project_root()),
             log_output=False, coalesce_streams=True, stderr_file=_Tail(bar) if bar is not None else None,
-            progress_bar=dict(desc=f'  {stage}', leave=False, position=1, disable=None), config=Config(KernelManager=dict(transport='ipc', ip=f'{sockets}/kernel')))
+            progress_bar=dict(desc=f'  {stage}', leave=False, position=1, disable=None if bar is not None else True), config=Config(KernelManager=dict(transport='ipc', ip=f'{sockets}/kernel')))
         except Exception as e: raise StageFailed(failure(stage, portable(executed), e)) from e
     try: read_manifest(run_dir, stage)
     except RunError:
         raise StageFailed(f'stage {stage} ran through but wrote no manifest: its last cell must call stage.finish(). '
                           f'Executed notebook: {portable(executed)}') from None
 
-# %% ../nbs/08_runner.ipynb #9188606f
+# %% ../nbs/08_runner.ipynb #bc3ffa4f
 @contextlib.contextmanager
 def locked(run_dir):
     "Holds the run's folder for this process. Raises `RunError` if another one has it."
@@ -200,32 +202,49 @@ def locked(run_dir):
         except BlockingIOError: raise RunError(f'another mscan_run is at work in {run_dir}') from None
         yield
 
+@contextlib.contextmanager
+def paged(run_dir, say):
+    "Writes the page of the run at the end of a block, where a stage has failed too; not where the run was interrupted. See `mscan.runpage`."
+    def write():
+        from mscan.runpage import say_page      # here, since it needs pandas: `--help` should not wait for that
+        say_page(run_dir, say)
+    try: yield
+    except Exception: write(); raise
+    write()
+
+# %% ../nbs/08_runner.ipynb #f31bdf6b
 def run_stages(
     data_dir,      # the competition's folder, as unpacked
     run_dir,       # where products, manifests and executed notebooks go
     planned,       # stage -> {name: value}, from `plan`
     nbs=None,      # folder of the notebooks
     say=tqdm.write, # called with a line for each stage
+    crew=Crew(),   # the processes that carry it out, see `mscan.ranks`; only the first of them says anything
 ) -> list:         # [(stage, 'done' or 'skipped', seconds)]
     "Runs the planned stages in order; skips those that are done. Raises `StageFailed` at the first failure, `RunError` before the first."
     data_dir, run_dir, folder, rows = resolve(data_dir), resolve(run_dir), find_nbs(nbs), []
     if not data_dir.is_dir(): raise RunError(f'data_dir {portable(data_dir)} is not a folder')
     if run_dir.is_relative_to(data_dir): raise RunError('run_dir lies inside data_dir: a run would change the data it is made from')
     run_dir.mkdir(parents=True, exist_ok=True)
-    with locked(run_dir), tqdm(planned, desc='stages', unit='stage', disable=None) as bar:
+    first = crew.rank == 0
+    alone = lambda context: context if first else contextlib.nullcontext()
+    with alone(locked(run_dir)), alone(paged(run_dir, say)), tqdm(planned, desc='stages', unit='stage', disable=None if first else True) as bar:
+        if first: sweep(run_dir)
         for stage in bar:
             bar.set_description(stage); bar.set_postfix_str('')
             places = dict(run_dir=portable(run_dir), data_dir=portable(data_dir))
             values = planned[stage] | {k: v for k, v in places.items() if k in planned[stage]}
-            reason, start = why_run(run_dir, stage, values, folder/f'{stage}.ipynb'), time.perf_counter()
+            notebook = folder/f'{stage}.ipynb'
+            reason, start = crew.agreed(partial(why_run, run_dir, stage, values, notebook)), time.perf_counter()
             if reason:
-                drop_link(run_dir/stage)
-                execute(folder/f'{stage}.ipynb', run_dir, values, bar)
+                with crew.place(notebook, run_dir) as own:
+                    if first: drop_link(run_dir/stage)
+                    if own: execute(notebook, own, values | dict(run_dir=portable(own)), bar if first else None)
             rows.append((stage, 'done' if reason else 'skipped', time.perf_counter() - start))
-            say(f'{stage:<20} done in {rows[-1][2]:.1f} s ({reason})' if reason else f'{stage:<20} skipped, nothing changed')
+            if first: say(f'{stage:<20} done in {rows[-1][2]:.1f} s ({reason})' if reason else f'{stage:<20} skipped, nothing changed')
     return rows
 
-# %% ../nbs/08_runner.ipynb #47c8608b
+# %% ../nbs/08_runner.ipynb #7831ca6c
 class Parser(argparse.ArgumentParser):
     "argparse that ends with exit code 1 and one sentence."
     def error(self, message): self.exit(1, f'{self.prog}: {message}; see {self.prog} --help\n')
@@ -237,7 +256,10 @@ Each leaves its executed notebook, its products and manifest.json in <run_dir>/<
 manifest matches: same code, same parameters, same inputs, products still there. Killed or failed in the middle, the
 same command goes on at that stage. The first failing cell stops the run; exit code 1. On a machine that is lent for
 some hours (Kaggle): --budget_hours and --disk_gb stop it in time, with exit code 2, and --resume_from takes the
-finished stages of earlier sessions over by linking them.
+finished stages of earlier sessions over by linking them. On several GPUs: put `accelerate launch --multi_gpu
+--num_processes 2 --no_python` before the command; networks are then trained on all of them (docs/devices.md).
+report.html in <run_dir> gathers all stages: results, curves,
+figures, parameters, time and memory; mscan_runreport writes it again.
 
 Presets: smoke proves the wiring, demo learns from the phantom on two cores, science trains every row of the paper's
 tables on 600 phantom studies, paper has the paper's numbers. A preset
@@ -269,7 +291,7 @@ def run_parser() -> argparse.ArgumentParser:
     p.add_argument('--plan', action='store_true', help='print what would run, with every parameter, and run nothing')
     return p
 
-# %% ../nbs/08_runner.ipynb #528f72b0
+# %% ../nbs/08_runner.ipynb #3a58d65a
 def show_plan(data_dir, run_dir, planned, nbs=None):
     "Prints every stage with its parameters and why it would run."
     for stage, values in planned.items():
@@ -287,9 +309,10 @@ def mscan_run(
     chosen = [s.strip() for s in args.stages.split(',') if s.strip()] if args.stages else None
     try:
         planned = plan(find_stages(args.nbs), read_preset(args.preset), args.settings, chosen)
+        if (crew := Crew() if args.plan else joined()).rank: return run_stages(args.data_dir, args.run_dir, planned, args.nbs, crew=crew)
         for stage, place in adopt(args.run_dir, args.resume_from) if args.resume_from else []: print(f'{stage:<20} taken from {portable(place)}', flush=True)
         if args.plan: return show_plan(args.data_dir, args.run_dir, planned, args.nbs)
-        with session_limits(args.run_dir, args.budget_hours, args.disk_gb): run_stages(args.data_dir, args.run_dir, planned, args.nbs)
+        with session_limits(args.run_dir, args.budget_hours, args.disk_gb): run_stages(args.data_dir, args.run_dir, planned, args.nbs, crew=crew)
     except RunError as e: sys.exit(f'mscan_run: {e}')
     except SessionOver as e:
         print(f'mscan_run: {e}; finished stages are kept, the same command or a session with --resume_from goes on', file=sys.stderr, flush=True)

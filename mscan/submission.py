@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['PROVENANCE', 'MEAN_PROVENANCE', 'GRADING', 'ROW_BYTES', 'write_results', 'joint_reason', 'average_runs', 'failure',
-           'read_grey', 'read_normalised', 'sound_rows', 'fallback_rows', 'predict_study', 'predict_found',
-           'read_ahead', 'predict_all', 'load_members', 'grader', 'member_runs', 'run_manifests', 'made_ready',
-           'graded', 'in_budget', 'predict', 'mscan_predict']
+           'grey_study', 'read_grey', 'read_normalised', 'sound_rows', 'fallback_rows', 'predict_study',
+           'predict_found', 'read_ahead', 'predict_all', 'load_members', 'grader', 'member_runs', 'run_manifests',
+           'made_ready', 'graded', 'in_budget', 'predict', 'mscan_predict']
 
-# %% ../nbs/60_submission.ipynb #a137c9f1
+# %% ../nbs/60_submission.ipynb #6211eec2
 import errno
 import os
 import re
@@ -29,6 +29,7 @@ from tqdm.auto import tqdm
 
 from .budget import grade_in_time
 from .compare import KEYS, mean_predictions
+from .engines import engine_of
 from .files import whole_files
 from .flags import discreet
 from .folders import Found, Limits, Refused, find_studies, write_ids
@@ -97,7 +98,7 @@ def average_runs(
     mean['reason'] = [joint_reason(why) for why in zip(*(t.reason for t in tables), strict=True)]
     return mean.assign(models=[f'{n} of {runs or len(tables)}' for n in model.sum(0)])
 
-# %% ../nbs/60_submission.ipynb #f1080f87
+# %% ../nbs/60_submission.ipynb #346ac8ef
 def failure(
     error: BaseException,
 ) -> str:
@@ -107,18 +108,25 @@ def failure(
     return f'grading failed: {type(error).__name__}: {discreet(text)[:200]}'
 
 
-def read_grey(
-    found: Found, descriptions,
+def grey_study(
+    study,                    # as read
     low: float, high: float,  # percentiles that become black and white
-    limits: Limits=Limits(),
 ):                            # Study
-    "A test study as every stage sees it: 8 bits, stored by convention."
-    (study, _), series = read_any(found, descriptions, limits), []
+    "A study as every stage sees it: 8 bits, stored by convention; a series that cannot be brought there is left out."
+    series, problems = [], list(study.problems)
     for s in study.series:
         try: series.append(conventional(normalise(s, low, high)))
-        except Exception as e: study.problems.append(f'series {s.series_id} left out: {failure(e)}')
-    study.series = series
-    return study
+        except Exception as e: problems.append(f'series {s.series_id} left out: {failure(e)}')
+    return replace(study, series=series, problems=problems)
+
+
+def read_grey(
+    found: Found, descriptions,
+    low: float, high: float,  # of `grey_study`
+    limits: Limits=Limits(),
+):                            # Study
+    "A test study, read and brought to grey values."
+    return grey_study(read_any(found, descriptions, limits)[0], low, high)
 
 
 def read_normalised(data_dir, study_id: str, descriptions, low: float, high: float):
@@ -238,7 +246,7 @@ def run_manifests(
     "What grading needs of a run or of its folds. Raises RunError where a stage is missing."
     return [{s: read_manifest(run, s) for s in GRADING} for run in member_runs(run_dir)]
 
-# %% ../nbs/60_submission.ipynb #11d8f1a2
+# %% ../nbs/60_submission.ipynb #8ac74285
 ROW_BYTES = 400  # of both files, for a row; measured: 150 to 300
 
 
@@ -260,16 +268,17 @@ def graded(
     start,               # of a worker, see `grader`
     studies: list,       # of Found
     workers: int, seconds: float, threads: int, strict: bool, progress: bool,
+    engine=guarded,      # what answers jobs, see `mscan.engines`
 ) -> list:               # rows of each study
     "Every study graded, here or by workers. Raises what grading raises, RunError for a lost study where `strict`."
     bar = partial(tqdm, total=len(studies), desc='grade', disable=not progress or None, leave=False)
-    if workers < 1: return list(bar(predict_all(studies, **start().keywords)))
+    if engine is guarded and workers < 1: return list(bar(predict_all(studies, **start().keywords)))
     with one_cv2_thread():
-        answers = dict(bar(guarded(start, studies, workers, seconds, threads=threads)))
+        answers = dict(bar(engine(start, studies, workers, seconds, threads=threads)))
         lost = [k for k, a in answers.items() if isinstance(a, Lost)]
         for k in lost:
             if strict: raise RunError(f'study {studies[k].study_id}: {answers[k].reason}')
-        answers |= {lost[i]: a for i, a in guarded(start, [replace(studies[k], refused=answers[k].reason) for k in lost], 1)}
+        answers |= {lost[i]: a for i, a in engine(start, [replace(studies[k], refused=answers[k].reason) for k in lost], 1)}
     for k in lost:
         if isinstance(answers[k], Lost): raise RunError(f'study {studies[k].study_id} has no answer, not even the fallback: {answers[k].reason}')
     return [answers[k] for k in range(len(studies))]
@@ -290,7 +299,7 @@ def in_budget(
         return predict_found(found, descriptions, members, strict, limits, read, runs)
     return grade_in_time([s.study_id for s in studies], grade, late, save, 3600 * hours - (time.monotonic() - began), progress, len(members))[0]
 
-# %% ../nbs/60_submission.ipynb #6e10ca64
+# %% ../nbs/60_submission.ipynb #43ba3fe2
 def predict(
     run_dir,                 # a finished run, or a folder of folds
     data_dir,                # the competition's folder, or any folder of DICOM files
@@ -304,10 +313,13 @@ def predict(
     ids_csv: str='',         # write here which UIDs the ids stand for
     threads: int=1,          # of torch in each worker; more only where this process has not computed with torch
     budget_hours: float=0.,  # from now on, loading included; 0: no limit. Studies are then graded in this process
+    engine: str='local',     # what workers are, see `mscan.engines`
+    ray_address: str='',
 ) -> pd.DataFrame:           # all rows
     "Grade every study of a folder with the networks of a run or of its folds; raises RunError or TableError where there is no run or no study."
     if not budget_hours >= 0: raise TableError(f'a budget of {budget_hours} hours; it must be 0 (no limit) or more')
-    began = time.monotonic()
+    if budget_hours and engine != 'local': raise TableError('a budget is kept by one process: give budget_hours or engine ray, not both')
+    began, answered = time.monotonic(), engine_of(engine, ray_address, device != 'cpu')
     manifests = run_manifests(run_dir)
     found = find_studies(data_dir, progress)
     for note in found.notes: print(note, file=sys.stderr)
@@ -318,11 +330,11 @@ def predict(
     save = partial(write_results, out=folder, names=names, columns=MEAN_PROVENANCE if len(manifests) > 1 else PROVENANCE)
     if budget_hours: return in_budget(found.studies, load_members(manifests, device), found.descriptions, strict, limits, save, budget_hours, began, progress)
     start = partial(grader, manifests, device, descriptions=found.descriptions, strict=strict, limits=limits)
-    rows = pd.concat(graded(start, found.studies, workers, seconds, threads, strict, progress), ignore_index=True)
+    rows = pd.concat(graded(start, found.studies, workers, seconds, threads, strict, progress, answered), ignore_index=True)
     save(rows)
     return rows
 
-# %% ../nbs/60_submission.ipynb #1f3b2e4e
+# %% ../nbs/60_submission.ipynb #c59bbd1d
 @call_parse
 def mscan_predict(
     run_dir: Param('a finished run, as mscan_run leaves it, or a folder of folds, as mscan_folds does', str, required=True)=None,
@@ -330,16 +342,18 @@ def mscan_predict(
     out: Param('folder for submission.csv and provenance.csv, or a name ending in .csv for the first of them', str, required=True)=None,
     device: Param('auto, cpu or cuda', str)='auto',
     strict: Param('stop at the first study that cannot be graded by the model', bool)=False,
-    workers: Param('processes that grade, each with networks and one study in memory; 0: grade in this process', int)=1,
+    workers: Param('processes that grade, each with networks and one study in memory; 0: grade in this process, or with engine ray as many as the cluster has room for', int)=1,
     seconds: Param('give a study up that takes longer; 0: never', float)=1800.,
     limits: Param('most of a study that is read, such as files=10000,mib=2048,slices=1000,megapixels=256 (the defaults)', str)='',
     budget_hours: Param('write the fallback for all studies at once, then grade them while so many hours last; 0: no limit', float)=0.,
     ids_csv: Param('of a folder that is grouped by UIDs: write here which UID each short id stands for. It may lead to persons', str)='',
+    engine: Param('local, or ray: the workers of a Ray cluster, with one thread each (pip install "mscan[ray]")', str)='local',
+    ray_address: Param('of a Ray cluster to join, auto or host:port; without it one is started on this machine', str)='',
 ):
     "Grade every study of a folder with a finished run or those of all folds, and write submission.csv and provenance.csv."
     try:     # relative paths mean the caller's folder, as in the other commands
         rows = predict(*(Path(p).absolute() for p in (run_dir, data_dir, out)), device, strict, True, workers, seconds, Limits.of(limits),
-                       Path(ids_csv).absolute() if ids_csv else '', max(1, (os.cpu_count() or 1) // max(1, workers)), budget_hours)
+                       Path(ids_csv).absolute() if ids_csv else '', 1 if engine == 'ray' else max(1, (os.cpu_count() or 1) // max(1, workers)), budget_hours, engine, ray_address)
     except (ValueError, RuntimeError, OSError) as e: sentence(e)      # RunError, TableError and WeightsError are ValueErrors
     except KeyboardInterrupt:
         print('mscan_predict: interrupted; ' + ('the files hold the fallback for what was not graded' if budget_hours else 'nothing was written'), file=sys.stderr)

@@ -30,7 +30,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-# %% ../nbs/06_training.ipynb #67748bbd
+# %% ../nbs/06_training.ipynb #dc33bc9d
 def seed_everything(
     seed, # any int >= 0
 ):
@@ -47,6 +47,7 @@ def pick_device(
     "The device that a name means; 'auto' is a GPU where there is one. Raises `ValueError` for a GPU that is not there."
     if str(device) == 'auto': device = 'cuda' if torch.cuda.is_available() else 'cpu'
     device = torch.device(device)
+    if str(device) == 'cuda' and 'LOCAL_RANK' in os.environ: device = torch.device('cuda', int(os.environ['LOCAL_RANK']))  # one of several processes
     if device.type == 'cuda' and not torch.cuda.is_available():
         raise ValueError(f'device {str(device)!r} was asked for, but torch sees no GPU; use device auto or cpu')
     return device
@@ -119,7 +120,7 @@ def peak_memory(device) -> float:
     if torch.device(device).type == 'cuda': return torch.cuda.max_memory_allocated(device)/2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/2**10
 
-# %% ../nbs/06_training.ipynb #9dbf2e6c
+# %% ../nbs/06_training.ipynb #44576440
 def own_random(worker):
     "Gives a data set that augments (`rng`) random numbers of its own in each process and epoch; without it all would draw the same."
     info = torch.utils.data.get_worker_info()
@@ -134,10 +135,10 @@ def loaded(
 ) -> DataLoader:
     "Batches that keep the device busy."
     on_gpu = pick_device(device).type == 'cuda'
-    if workers is None: workers = min(8, (os.cpu_count() or 1) - 1) if on_gpu else 0
+    if workers is None: workers = min(8, max(0, (os.cpu_count() or 1) // int(os.environ.get('LOCAL_WORLD_SIZE', 1)) - 1)) if on_gpu else 0
     return DataLoader(data, batch, num_workers=workers, pin_memory=on_gpu, worker_init_fn=own_random if workers else None, **options)
 
-# %% ../nbs/06_training.ipynb #190e7753
+# %% ../nbs/06_training.ipynb #7a5f46ba
 def shuffle_by(loader, seed, epoch=0):
     "Makes the order of a DataLoader depend on seed and epoch alone, not on what else drew random numbers."
     sampler = getattr(loader, 'sampler', None)
@@ -155,13 +156,13 @@ def share(loader, accelerator):
     return itertools.islice(loader, i, None, n)
 
 def batches(loader, accelerator, count):
-    "Yields `count` times (batch on the device, its weight): weight 0 for the repeated ones. Raises `ValueError` without any batch."
+    "Yields `count` times (batch on the device, its weight): weight 0 for the repeated ones."
     batch = None
     part = iter(share(loader, accelerator))
     for _ in range(count):
         found = next(part, None)
         if found is not None: batch = send_to_device(found, accelerator.device, non_blocking=True)
-        if batch is None: raise ValueError('a process got no batch at all: fewer batches than processes')
+        if batch is None: batch = send_to_device(next(iter(loader)), accelerator.device)  # fewer batches than processes: it borrows one
         yield batch, float(found is not None)
 
 def batch_size(batch) -> int:

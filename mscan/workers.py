@@ -137,7 +137,7 @@ def guarded(
     finally:
         for w in crew: w.close()
 
-# %% ../nbs/005_workers.ipynb #ba8ee50c
+# %% ../nbs/005_workers.ipynb #7294c6f2
 def pooled(
     function,            # of one job; importable, or (where processes can be forked) defined in the kernel
     jobs: list,          # what it is called with, one at a time
@@ -145,11 +145,12 @@ def pooled(
     label: str='',       # of the progress bar
     progress: bool=True, # show a bar
     unit: str='it',      # what the bar counts
+    engine=guarded,      # what answers jobs, see `mscan.engines`
 ) -> list:               # results in the order of the jobs
     "Map a function over jobs in several processes, in order, under a progress bar. Raises what the function raises, RuntimeError where a job ends its process twice."
     bar = dict(total=len(jobs), desc=label, unit=unit, disable=not progress or None, leave=False)
-    if workers <= 1 or len(jobs) <= 1: return [function(j) for j in tqdm(jobs, **bar)]
-    with one_cv2_thread(): results = dict(tqdm(guarded(Same(function), jobs, workers), **bar))
+    if engine is guarded and (workers <= 1 or len(jobs) <= 1): return [function(j) for j in tqdm(jobs, **bar)]
+    with one_cv2_thread(): results = dict(tqdm(engine(Same(function), jobs, workers), **bar))
     lost = {k: r for k, r in results.items() if isinstance(r, Lost)}
     for k, r in lost.items(): raise RuntimeError(f'{label or "job"} {k + 1} of {len(jobs)} was lost twice: {r.reason}')
     return [results[k] for k in range(len(jobs))]

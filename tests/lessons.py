@@ -17,7 +17,7 @@ for path in [NBS / f'{n}.ipynb' for n in sys.argv[1:]] or sorted(NBS.glob('*.ipy
     NotebookClient(lessons, timeout=600, kernel_name='python3', resources=dict(metadata=dict(path=str(NBS)))).execute()
     for cell in notebook.cells:
         if cell.cell_type != 'code': continue
-        cell.execution_count, cell.outputs = None, [o for o in cell.outputs if not (o.output_type == 'stream' and o.name == 'stderr')]
+        cell.execution_count, cell.outputs = None, [o for o in cell.outputs if not (o.output_type == 'stream' and o.name == 'stderr') and 'application/vnd.jupyter.widget-view+json' not in o.get('data', {})]   # a widget without its state is an error message
         cell.metadata.pop('execution', None)
         for o in cell.outputs:
             if 'execution_count' in o: o.execution_count = None

@@ -180,13 +180,20 @@ TWO = '''
 import sys; sys.path.insert(0, {tests!r})
 import torch
 from test_training import DataLoader, fit, loss, network, problem, save_weights, CARD
-for shuffle, n in ((True, 24), (False, 20)):  # 20 = five batches of 4: uneven over two processes
+for shuffle, n, v in ((True, 24, 7), (False, 20, 7), (False, 4, 30)):  # 20 = five batches of 4: uneven over two processes; one batch: the second process has none
     model = network()
-    history = fit(model, loss, DataLoader(problem(n), batch_size=4, shuffle=shuffle), DataLoader(problem(30, seed=7), batch_size=7),
+    history = fit(model, loss, DataLoader(problem(n), batch_size=4, shuffle=shuffle), DataLoader(problem(30, seed=7), batch_size=v),
                   epochs=3, lr=.02, device='cpu', progress=False)
     if torch.distributed.get_rank() == 0: save_weights(model, {out!r} + str(n), CARD | dict(losses=history.table[['train_loss', 'validation_loss']].values.tolist()))
 torch.distributed.destroy_process_group()
 '''
+
+
+def test_each_of_several_processes_has_its_own_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    assert str(pick_device('auto')) == 'cuda'
+    monkeypatch.setenv('LOCAL_RANK', '1')
+    assert [str(pick_device(d)) for d in ('auto', 'cuda', 'cuda:0', 'cpu')] == ['cuda:1', 'cuda:1', 'cuda:0', 'cpu']
 
 
 def test_two_processes_equal_one(tmp_path):
@@ -200,7 +207,7 @@ def test_two_processes_equal_one(tmp_path):
     processes = [subprocess.Popen([sys.executable, script], env=dict(common, RANK=i, LOCAL_RANK=i), stderr=subprocess.PIPE, text=True) for i in '01']
     errors = [p.communicate(timeout=300)[1] for p in processes]
     assert all(p.returncode == 0 for p in processes), errors[0][-2000:] + errors[1][-2000:]
-    for shuffle, n in ((True, 24), (False, 20)):
+    for shuffle, n in ((True, 24), (False, 20), (False, 4)):
         model, history = train(4, 2, data=problem(n), shuffle=shuffle, validation=DataLoader(problem(30, seed=7), batch_size=7))
         other = network()
         card = load_weights(other, tmp_path/f'w{n}')
