@@ -11,7 +11,6 @@ import subprocess
 import sys
 from configparser import ConfigParser
 from functools import cache
-from pathlib import Path
 
 import pytest
 import yaml
@@ -27,7 +26,7 @@ INI = ConfigParser(delimiters=['='], interpolation=None)
 INI.read(ROOT / 'settings.ini', encoding='utf-8')
 SCRIPTS = dict(line.split('=') for line in INI['DEFAULT']['console_scripts'].split())
 MAKEFILE = (ROOT / 'Makefile').read_text(encoding='utf-8')
-FOREIGN = ('pip', 'kaggle', 'docker', 'git', 'export', '.', '.venv/bin/uv', 'cd', 'pytest', 'nbdev_docs')   # other programs, which no test here can answer for
+FOREIGN = ('accelerate', 'torchrun', 'pip', 'kaggle', 'docker', 'git', 'export', '.', '.venv/bin/uv', 'cd', 'pytest', 'nbdev_docs')   # other programs, which no test here can answer for
 name = lambda path: str(path.relative_to(ROOT))
 
 
@@ -130,6 +129,7 @@ def check_settings(words: list, preset: str=''):
 
 def check_command(words: list):
     "Fails with what is wrong about a command."
+    if words[0] in ('accelerate', 'torchrun'): words = words[next((i for i, w in enumerate(words) if w in SCRIPTS), 0):]   # what is launched
     head, *rest = words
     head = head.removeprefix('.venv/bin/') if head not in FOREIGN else head
     asked = {w.partition('=')[0] for w in rest if re.match(r'--?[a-zA-Z]', w)}
