@@ -64,7 +64,7 @@ def short_name(condition: str, level: str) -> str:
     side = condition.partition('_')[0]
     return csv_level(level) + (f' {side[0].upper()}' if side in ('left', 'right') else '')
 
-# %% ../nbs/680_linked.ipynb #57424b9a
+# %% ../nbs/680_linked.ipynb #d5dfe269
 NEAR_MM = 3.                  # of a point from a slice on which it is drawn; slices are 3 to 5 mm apart
 CROSS = '#ffe14d'
 SHOWN_PX = 560                # longer side of a slice on the screen
@@ -76,7 +76,7 @@ def cross_mark(xy, there: bool=True, unit: float=1.):
     ends = [((x - arm, y), (x - gap, y)), ((x + gap, y), (x + arm, y)), ((x, y - arm), (x, y - gap)), ((x, y + gap), (x, y + arm))]
     return ft('g', *[ft('line', x1=f'{a[0]:.2f}', y1=f'{a[1]:.2f}', x2=f'{b[0]:.2f}', y2=f'{b[1]:.2f}', stroke=CROSS, stroke_width=f'{1.2 * unit:.2f}') for a, b in ends], opacity=1 if there else .4)
 
-
+# %% ../nbs/680_linked.ipynb #ba918fff
 def crop_squares(located, look: SimpleNamespace) -> list:
     "The squares that a run has cropped from a slice: (pixel, side in mm, level)."
     if located is None or located.boxes is None: return []

@@ -204,7 +204,7 @@ def together(pair):
         look = linked(p.by_id[p.series.value], pair.xyz)
         assert look.slice_i == p.look.slice_i and np.allclose(look.xy_px, p.look.xy_px) and p.slice.value == look.slice_i + 1 and p.slice.max == len(look.series)
         inside = np.clip(look.xy_px, 0, look.series.shape[look.slice_i][::-1] - 1)
-        assert np.abs(np.array([p.x.value, p.y.value]) - inside).max() <= .25 and (p.x.value * 2).is_integer() and f'slice {look.slice_i + 1} of' in p.picture.value
+        assert np.abs(np.array([p.x.value, p.y.value]) - inside).max() <= .5 and f'slice {look.slice_i + 1} of' in p.picture.value
 
 
 def test_whatever_is_moved_both_panels_show_one_place(explorer):
@@ -215,15 +215,15 @@ def test_whatever_is_moved_both_panels_show_one_place(explorer):
         panel, other = [(pair.sagittal, pair.axial), (pair.axial, pair.sagittal)][rng.integers(2)]
         before, kind = panel.look, rng.integers(4)
         if kind == 0: panel.slice.value = int(rng.integers(1, panel.slice.max + 1))
-        elif kind == 1: panel.x.value = float(rng.integers(0, 2 * panel.x.max + 1)) / 2
-        elif kind == 2: panel.y.value = float(rng.integers(0, 2 * panel.y.max + 1)) / 2
+        elif kind == 1: panel.x.value = int(rng.integers(0, panel.x.max + 1))
+        elif kind == 2: panel.y.value = int(rng.integers(0, panel.y.max + 1))
         else:
             place = pair.xyz.copy()
             panel.series.value = panel.series.options[rng.integers(len(panel.series.options))][1]
             assert np.array_equal(pair.xyz, place)
         together(pair)
         k = {1: 0, 2: 1}.get(kind)
-        if k is not None: assert abs(panel.look.xy_px[k] - (panel.x.value, panel.y.value)[k]) <= .25 and np.isclose(panel.look.xy_px[1 - k], before.xy_px[1 - k])
+        if k is not None: assert abs(panel.look.xy_px[k] - (panel.x.value, panel.y.value)[k]) <= .5 and np.isclose(panel.look.xy_px[1 - k], before.xy_px[1 - k])
     assert {'sagittal_t1', 'sagittal_t2'} == {s.view for s in pair.sagittal.by_id.values()}
 
 
@@ -236,7 +236,7 @@ def test_a_slider_that_the_browser_sends_back_moves_nothing(explorer):
             control.notify_change(dict(name='value', old=None, new=control.value, owner=control, type='change'))
             control.set_state(dict(value=control.value))
     assert np.array_equal(pair.xyz, place)
-    pair.axial.x.value += .5
+    pair.axial.x.value += 1
     assert not np.array_equal(pair.xyz, place)
 
 
@@ -268,7 +268,7 @@ def test_crops_follow_the_cross(explorer):
     desk = Desk(explorer)
     desk.tab.selected_index = TABS.index('crops')
     before = desk.pages[1].value
-    desk.pair.axial.x.value = desk.pair.axial.look.xy_px[0] + 20
+    desk.pair.axial.x.value += 20
     assert desk.pages[1].value != before
 
 
