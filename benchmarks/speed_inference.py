@@ -76,7 +76,7 @@ def main(argv=None) -> int:
     found, members = find_studies(args.data_dir, False), load_members(run_manifests(args.run_dir), args.device)
     studies = found.studies[:args.studies]
     grade = lambda s: predict_found(s, found.descriptions, members)
-    whole = lambda: predict_all(studies, found.descriptions, members)
+    whole = lambda: list(predict_all(studies, found.descriptions, members))
     with written_down() as calls: rows = pd.concat([grade(s) for s in studies], ignore_index=True)
     done = (lambda: None) if members[0].device.type == 'cpu' else torch.cuda.synchronize
 

@@ -13,7 +13,7 @@ import pytest
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian, generate_uid
 
-from mscan import folders, heads, pixels
+from mscan import folders, headers, heads
 from mscan.dicom import DicomError, read_study
 from mscan.folders import Found, Limits, Refused, find_studies, group_files, read_found, walk
 from mscan.heads import read_head
@@ -248,7 +248,7 @@ def deflated(path, payload: bytes):
 
 
 def test_a_head_that_unpacks_to_gigabytes_is_read_to_a_limit(monkeypatch, tmp_path):
-    monkeypatch.setattr(pixels, 'MAX_FILE', 2 ** 22)
+    monkeypatch.setattr(headers, 'MAX_FILE', 2 ** 22)
     described = b'\x08\x00\x3e\x10LO\x04\x00SAG '
     deflated(tmp_path / 'small', described)
     assert read_head(tmp_path / 'small').description == 'SAG'
@@ -264,7 +264,7 @@ def test_a_head_that_unpacks_to_gigabytes_is_read_to_a_limit(monkeypatch, tmp_pa
 
 
 def test_a_file_too_large_is_not_opened_further(monkeypatch, plain):
-    monkeypatch.setattr(pixels, 'MAX_FILE', 2000)
+    monkeypatch.setattr(headers, 'MAX_FILE', 2000)
     with pytest.raises(DicomError, match='at most'): read_head(next(plain.rglob('*.dcm')))
 
 

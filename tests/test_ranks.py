@@ -57,8 +57,8 @@ def test_two_processes_make_one_run_that_equals_one_process_with_twice_the_batch
     args = lambda run, *more: ['--data_dir', place/'data', '--run_dir', place/run, '--nbs', place/'nbs', *more]
     (code, said, error), (other_code, other_said, other_error) = together(2, args('two'))
     assert (code, other_code) == (0, 0), error[-2000:] + other_error[-2000:]
-    assert [line.split()[:2] for line in said.strip().split('\n')] == [[s, 'done'] for s in ('10_prepare', '20_keypoints', '21_projection')] and other_said == ''
-    assert (place/'two'/'times').read_text() == 'once once ' and sorted(p.name for p in (place/'two').iterdir()) == ['.lock', '10_prepare', '20_keypoints', '21_projection', 'times']
+    assert [line.split()[:2] for line in said.strip().split('\n')] == [*([s, 'done'] for s in ('10_prepare', '20_keypoints', '21_projection')), ['report', 'report.html']] and other_said == ''     # the first process alone speaks
+    assert (place/'two'/'times').read_text() == 'once once ' and sorted(p.name for p in (place/'two').iterdir()) == ['.lock', '10_prepare', '20_keypoints', '21_projection', 'report.html', 'times']
     assert [read_manifest(place/'two', s).record['processes'] for s in ('10_prepare', '20_keypoints', '21_projection')] == [1, 2, 1]
     ((code, said, error),) = together(1, args('two'))
     assert code == 0 and said.count('skipped') == 3                                         # nothing of it depends on how it was made
