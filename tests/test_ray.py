@@ -22,7 +22,7 @@ from mscan.submission import mscan_predict, predict
 from mscan.workers import Lost, Same, pooled
 from predict_stubs import predicted, results, stand_in_grader, stand_in_run
 
-pytestmark = pytest.mark.xdist_group('ray')
+pytestmark = [pytest.mark.xdist_group('ray'), pytest.mark.slow]     # three minutes, and Ray gives up where a busy machine starts it too slowly; `make test` runs the chapter's own cluster (006_engines)
 HERE = Path(__file__).parent
 
 
@@ -96,8 +96,8 @@ def test_preparing_and_checking_on_ray_is_as_local(two, small_data, tmp_path):
     prepare(small_data, one, test=.2, workers=1, progress=False)
     prepare(small_data, other, test=.2, workers=2, progress=False, engine='ray')
     files = sorted(p.relative_to(one) for p in one.rglob('*') if p.is_file())
-    assert len(files) == 8 + 8 and files == sorted(p.relative_to(other) for p in other.rglob('*') if p.is_file())
-    different = [f for f in files if (one / f).read_bytes() != (other / f).read_bytes()]
+    assert len([f for f in files if f.suffix == '.npy']) == 8 and files == sorted(p.relative_to(other) for p in other.rglob('*') if p.is_file())
+    different = [f for f in files if f.name not in ('index.json', 'settled.json') and (one / f).read_bytes() != (other / f).read_bytes()]      # these two note the times of files
     assert not different, different
     assert check(small_data, workers=2, progress=False) == check(small_data, workers=0, progress=False, engine='ray')
 
