@@ -28,7 +28,7 @@ from mscan.runs import RunError, Stage, listing_hash, read_manifest
 from mscan.submission import mscan_predict, predict, write_results
 from mscan.training import WeightsError, load_weights, save_weights
 from mscan.workers import pooled
-from predict_stubs import install, predicted, results, stand_in_grade, stand_in_models, stand_in_run
+from predict_stubs import five_answers, five_studies, install, results, stand_in_grade, stand_in_models, stand_in_run
 
 ROOT = Path(__file__).resolve().parents[1]
 FORK = multiprocessing.get_context('fork')
@@ -36,10 +36,7 @@ FORK = multiprocessing.get_context('fork')
 
 @pytest.fixture(scope='module')
 def data(small_data, tmp_path_factory):
-    "Five studies to grade."
-    folder = tmp_path_factory.mktemp('faults') / 'data'
-    for k, study in enumerate(sorted((small_data / 'train_images').iterdir())[:5]): shutil.copytree(study, folder / 'test_images' / str(k + 1))
-    return folder
+    return five_studies(small_data, tmp_path_factory.mktemp('faults') / 'data')
 
 
 @pytest.fixture(scope='module')
@@ -49,9 +46,7 @@ def run(tmp_path_factory): return stand_in_run(tmp_path_factory.mktemp('run'))
 @pytest.fixture(scope='module')
 def undisturbed(data, run, tmp_path_factory):
     "What is answered where nothing happens."
-    submission, provenance = predicted(run, data, tmp_path_factory.mktemp('undisturbed'))
-    assert len(submission) == 125 and (provenance['source'] == 'model').sum() == 25 and submission.normal_mild.nunique() >= 5
-    return submission, provenance
+    return five_answers(run, data, tmp_path_factory.mktemp('undisturbed'))
 
 
 def once(path) -> bool:

@@ -20,7 +20,7 @@ from mscan.prepare import prepare
 from mscan.rsna import TableError
 from mscan.submission import mscan_predict, predict
 from mscan.workers import Lost, Same, pooled
-from predict_stubs import predicted, results, stand_in_grader, stand_in_run
+from predict_stubs import five_answers, five_studies, results, stand_in_grader, stand_in_run
 
 pytestmark = [pytest.mark.xdist_group('ray'), pytest.mark.slow]     # three minutes, and Ray gives up where a busy machine starts it too slowly; `make test` runs the chapter's own cluster (006_engines)
 HERE = Path(__file__).parent
@@ -36,10 +36,7 @@ def two():
 
 @pytest.fixture(scope='module')
 def five(small_data, tmp_path_factory):
-    "Five studies to grade."
-    folder = tmp_path_factory.mktemp('ray') / 'data'
-    for k, study in enumerate(sorted((small_data / 'train_images').iterdir())[:5]): shutil.copytree(study, folder / 'test_images' / str(k + 1))
-    return folder
+    return five_studies(small_data, tmp_path_factory.mktemp('ray') / 'data')
 
 
 @pytest.fixture(scope='module')
@@ -49,9 +46,7 @@ def stand_in(tmp_path_factory): return stand_in_run(tmp_path_factory.mktemp('run
 @pytest.fixture(scope='module')
 def local(five, stand_in, tmp_path_factory):
     "What this process answers, with nothing between."
-    tables = predicted(stand_in, five, tmp_path_factory.mktemp('local'))
-    assert len(tables[0]) == 125 and (tables[1]['source'] == 'model').sum() == 25 and tables[0].normal_mild.nunique() >= 5
-    return tables
+    return five_answers(stand_in, five, tmp_path_factory.mktemp('local'))
 
 
 def grader_that_waits(manifests, device, notes, fatal='', **asked):
