@@ -8,14 +8,15 @@ __all__ = ['STAGES', 'MANIFEST', 'UNFINISHED', 'PROCESSES', 'RunError', 'is_proj
            'noted', 'Manifest', 'read_manifest', 'plain', 'environment', 'git_commit', 'stage_record', 'trainings',
            'open_folder', 'Stage', 'write_manifest']
 
-# %% ../nbs/07_runs.ipynb #19bcc113
-import ast, hashlib, json, os, platform, re, resource, shutil, subprocess, sys, time
+# %% ../nbs/07_runs.ipynb #19ed5f67
+import ast, hashlib, json, os, platform, re, resource, shutil, stat, subprocess, sys, time
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
 
 import mscan
+from .files import listing
 
 # %% ../nbs/07_runs.ipynb #b9473279
 STAGES = ('10_prepare', '20_keypoints', '21_projection', '22_sides', '30_crops', '31_encoders', '40_levels', '42_grading',
@@ -120,20 +121,15 @@ def code_hash(
         todo |= _imports(tree) - seen
     return hashlib.sha256('\n'.join([parts[0], *sorted(parts[1:])]).encode()).hexdigest()
 
-# %% ../nbs/07_runs.ipynb #e6e159fb
+# %% ../nbs/07_runs.ipynb #2847f588
 def listing_hash(
     folder,       # any folder
-    times=False,  # times of change too; they do not survive copying, so only for data that stays where it is
+    times=False,  # times of change too; they do not survive copying, so only for data that stays where it is; None: as `listing`
 ) -> tuple:       # (sha256, total bytes)
-    "Hash of the names and sizes of all files below a folder."
-    rows, todo = [], [Path(folder)]
-    while todo:
-        with os.scandir(todo.pop()) as entries:
-            for e in entries:
-                if e.is_dir(): todo.append(Path(e.path)); continue
-                stat = e.stat()
-                rows.append((os.path.relpath(e.path, folder), stat.st_size, stat.st_mtime_ns if times else 0))
-    return hashlib.sha256(json.dumps(sorted(rows)).encode()).hexdigest(), sum(r[1] for r in rows)
+    "Hash of the names and sizes of all files below a folder, wherever its links lead."
+    rows = [(place, size, time, kind < 0) for place, kind, size, time in listing(folder, times) if kind < 0 or not stat.S_ISDIR(kind)]
+    digest = hashlib.sha256(json.dumps([(place, -1 if lost else size, time) for place, size, time, lost in rows]).encode()).hexdigest()
+    return digest, sum(size for _, size, _, lost in rows if not lost)
 
 def file_hash(path) -> str:
     "sha256 of a file's bytes."
@@ -142,7 +138,7 @@ def file_hash(path) -> str:
 def data_hash(data_dir) -> str:
     "Hash of a data folder's listing; without times of change where $MSCAN_DATA_TIMES is 0. Raises `RunError` if there is none."
     if not resolve(data_dir).is_dir(): raise RunError(f'data_dir {data_dir} is not a folder')
-    return listing_hash(resolve(data_dir), times=os.environ.get('MSCAN_DATA_TIMES') != '0')[0]
+    return listing_hash(resolve(data_dir), times=None)[0]
 
 # %% ../nbs/07_runs.ipynb #d1212916
 def noted(

@@ -6,7 +6,7 @@ import pytest
 
 from mscan import runner, runs
 from mscan.runner import find_stages, plan, read_preset, run_stages
-from mscan.runs import RunError, Stage, code_hash, find_nbs, read_manifest
+from mscan.runs import RunError, Stage, code_hash, find_nbs, listing_hash, read_manifest
 
 CLI = [sys.executable, '-c', 'from mscan.runner import mscan_run; mscan_run()']
 BEGIN = 'from mscan.runs import Stage\nstage = Stage.begin({!r}, globals())\n'
@@ -261,3 +261,17 @@ def test_plain_papermill_works_without_the_runner(place):
                               capture_output=True, text=True, env=dict(os.environ, MSCAN_NBS=str(place/'nbs')))
         assert done.returncode == 0, done.stderr
     assert read_manifest(place/'run', '20_keypoints').path('result').read_text() == '12'
+
+
+def test_links_in_circles_and_to_nowhere_do_not_stop_a_run(tmp_path):
+    "A data folder as a hospital exports it: its hash is found, changes with a file behind a link, and is what it was without the odd links' files."
+    (tmp_path / 'data' / 'a').mkdir(parents=True)
+    (tmp_path / 'far').write_text('1')
+    (tmp_path / 'data' / 'a' / 'x').write_text('22')
+    plain = listing_hash(tmp_path / 'data')
+    (tmp_path / 'data' / 'a' / 'round').symlink_to(tmp_path / 'data')
+    (tmp_path / 'data' / 'nowhere').symlink_to(tmp_path / 'none')
+    (tmp_path / 'data' / 'link').symlink_to(tmp_path / 'far')
+    first = listing_hash(tmp_path / 'data')
+    (tmp_path / 'far').write_text('333')
+    assert plain[1] == 2 and first[0] != plain[0] and listing_hash(tmp_path / 'data')[0] != first[0]
