@@ -4,6 +4,7 @@ import json
 import os
 import time
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -83,6 +84,24 @@ def delong(
     return Interval(float(area), float(max(area - half, 0)), float(min(area + half, 1)))
 
 
+@contextmanager
+def panels(
+    file: Path,    # of the picture
+    count: int=1,  # panels side by side
+    width: float=7., height: float=3.,  # of one panel, inches
+):                 # list of axes
+    "A picture beside a report: made ready, written, closed."
+    import matplotlib
+    matplotlib.use('Agg')
+    import matplotlib.pyplot as plt
+    fig, axes = plt.subplots(1, count, figsize=(width * count, height), dpi=100, squeeze=False)
+    yield list(axes[0])
+    fig.tight_layout()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    fig.savefig(file)
+    plt.close(fig)
+
+
 def plain(value):
     "Numpy, paths and nan as what JSON knows."
     if isinstance(value, dict): return {str(k): plain(v) for k, v in value.items()}
@@ -96,7 +115,7 @@ def plain(value):
 class Report:
     "Figures with intervals, limits and the data they are of."
     def __init__(self, name: str, args, data: str):
-        self.name, self.args, self.data, self.figures, self.notes = name, args, data, [], []
+        self.name, self.args, self.data, self.figures, self.notes, self.load = name, args, data, [], [], os.getloadavg()[0]
 
     def add(self,
         figure: str,     # what was measured
@@ -126,6 +145,7 @@ class Report:
         "Print the table and write the JSON file; 1 if a limit is not held and --check was given."
         seconds = round(time.time() - self.args.start, 1)
         failed = [f['figure'] for f in self.figures if f['ok'] is False]
+        if self.name.startswith('speed_'): self.notes.append(f'load of the machine (one minute) before and after: {self.load:.1f}, {os.getloadavg()[0]:.1f}')
         print('\n'.join(self.lines()))
         print(f'{seconds:.0f} s; {"every limit held" if not failed else f"{len(failed)} limits not held"}; {self.args.out}')
         self.args.out.parent.mkdir(parents=True, exist_ok=True)

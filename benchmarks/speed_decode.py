@@ -2,7 +2,6 @@
 
 The same phantom slices are written in every encoding that `mscan.pixels` reads. A file's bytes are in memory; timed is the way from bytes to pixels: `picture(parse(data))` here, `dcmread(data).pixel_array` there, in turn,
 slice by slice. pydicom decodes RLE with pylibjpeg, and once with its own decoder in Python; JPEG with GDCM, in this process, where `mscan.pixels` keeps GDCM in a process of its own."""
-import os
 import sys
 import tempfile
 import time
@@ -10,7 +9,6 @@ from io import BytesIO
 from pathlib import Path
 
 import cv2
-import matplotlib
 import numpy as np
 import pydicom
 from pydicom.encaps import encapsulate
@@ -19,7 +17,7 @@ from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRBigEndian, Exp
 from mscan.phantom import phantom_study, write_study
 from mscan.pixels import parse, picture, stop_apart
 
-from ._common import Report, parser
+from ._common import Report, panels, parser
 
 RLE_AT_MOST, RLE_GAIN = 1., 5.   # ours by pydicom's with the same decoder; ours by pydicom's own decoder
 BY_GDCM = dict(jpeg_lossless='JPEGLosslessProcess14_1', jpeg_ls='JPEGLSLossless', jpeg_2000='JPEG2000Lossless')
@@ -95,16 +93,10 @@ def measure(slices, repeats):
 
 def draw(times, path):
     "Milliseconds a slice, ours and theirs."
-    matplotlib.use('Agg')
-    import matplotlib.pyplot as plt
-    fig, ax = plt.subplots(figsize=(7, 3.4), dpi=110)
-    for k, (label, colour) in enumerate((('mscan.pixels', 'tab:blue'), ('pydicom', 'tab:gray'))):
-        ax.barh(np.arange(len(times)) + (k - .5) * .4, [1e3 * np.median(t[k]) for t in times.values()], .4, label=label, color=colour)
-    ax.set_yticks(range(len(times)), list(times), fontsize=8); ax.invert_yaxis(); ax.set_xscale('log'); ax.set_xlabel('ms a slice, median'); ax.legend(fontsize=8)
-    fig.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fig.savefig(path)
-    plt.close(fig)
+    with panels(path, height=3.4) as (ax,):
+        for k, (label, colour) in enumerate((('mscan.pixels', 'tab:blue'), ('pydicom', 'tab:gray'))):
+            ax.barh(np.arange(len(times)) + (k - .5) * .4, [1e3 * np.median(t[k]) for t in times.values()], .4, label=label, color=colour)
+        ax.set_yticks(range(len(times)), list(times), fontsize=8); ax.invert_yaxis(); ax.set_xscale('log'); ax.set_xlabel('ms a slice, median'); ax.legend(fontsize=8)
 
 
 def main(argv=None):
@@ -118,7 +110,6 @@ def main(argv=None):
         files = sorted(Path(folder).rglob('*.dcm'))
         slices = [encodings(files[int(i)]) for i in np.linspace(0, len(files) - 1, args.slices)]
         sizes = [picture(parse(s['RLE'][0])).size for s in slices]
-    load = os.getloadavg()[0]
     times = measure(slices, args.repeats)
     report = Report('speed_decode', args, f'{args.slices} slices of a phantom study, seed {args.seed}, size {args.size} ({np.mean(sizes):.0f} pixels a slice); {args.repeats} repetitions, least and largest over slices in place of an interval')
     for name, (here, there) in times.items():
@@ -126,7 +117,6 @@ def main(argv=None):
         limit = {'RLE': RLE_AT_MOST, "RLE, pydicom's own decoder": 1 / RLE_GAIN}.get(name)
         report.add(f'{name}: ms here / there', (float(np.median(ratio)), float(ratio.min()), float(ratio.max())), f'median <= {limit}' if limit else '', np.median(ratio) <= limit if limit else None, here_ms=1e3 * np.median(here), there_ms=1e3 * np.median(there))
         report.add(f'{name}: slices a second here', 1 / np.median(here)); report.add(f'{name}: slices a second there', 1 / np.median(there))
-    report.notes.append(f'load of the machine (one minute) before and after: {load:.1f}, {os.getloadavg()[0]:.1f}')
     draw(times, args.out.with_suffix('.png'))
     return report.finish()
 

@@ -11,11 +11,10 @@ import tempfile
 import time
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import pandas as pd
 
-from ._common import ROOT, Report, parser
+from ._common import ROOT, Report, panels, parser
 
 COUNTS = 10, 30, 100, 300
 FLAT = 1.15          # largest time and memory at the largest count, times those at the smallest
@@ -50,13 +49,10 @@ def predicted(run_dir: Path, data: Path, out: Path, workers: int) -> tuple:
 
 
 def plot(file: Path, table: pd.DataFrame):
-    matplotlib.use('Agg')
-    import matplotlib.pyplot as plt
-    fig, axes = plt.subplots(1, 2, figsize=(8, 3), dpi=100)
-    for ax, names, unit in ((axes[0], ['seconds a study'], 's'), (axes[1], ['MiB, process', 'MiB, worker'], 'MiB')):
-        for n in names: ax.plot(table.studies, table[n], 'o-', label=n)
-        ax.set(xscale='log', xlabel='studies', ylabel=unit, ylim=(0, None), xticks=table.studies, xticklabels=table.studies); ax.legend(); ax.minorticks_off()
-    fig.tight_layout(); fig.savefig(file); plt.close(fig)
+    with panels(file, 2, 4) as axes:
+        for ax, names, unit in ((axes[0], ['seconds a study'], 's'), (axes[1], ['MiB, process', 'MiB, worker'], 'MiB')):
+            for n in names: ax.plot(table.studies, table[n], 'o-', label=n)
+            ax.set(xscale='log', xlabel='studies', ylabel=unit, ylim=(0, None), xticks=table.studies, xticklabels=table.studies); ax.legend(); ax.minorticks_off()
 
 
 def main(argv=None) -> int:
@@ -78,7 +74,6 @@ def main(argv=None) -> int:
         growth = table[name].iloc[-1] / table[name].iloc[0]
         report.add(f'{name}: {table.studies.iloc[-1]} studies / {table.studies.iloc[0]}', growth, f'<= {FLAT}', growth <= FLAT, values=table[name].tolist())
         report.add(f'{name} at {table.studies.iloc[-1]}', float(np.round(table[name].iloc[-1], 3)))
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     plot(args.out.with_suffix('.png'), table)
     return report.finish()
 

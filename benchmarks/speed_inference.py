@@ -19,7 +19,7 @@ from mscan.submission import load_members, predict_all, predict_found, run_manif
 
 from ._common import Report, parser
 
-SHARE = .6          # of the bare throughput, at least
+SHARE, NOT_MORE = .6, 1.1   # of the bare throughput; what is faster than its own networks has not been timed
 SAME = 1e-4         # largest difference of a probability between a batch and one slice at a time
 
 
@@ -88,7 +88,7 @@ def main(argv=None) -> int:
     times = [(seconds_of(whole), seconds_of(bare)) for _ in range(args.repeats)]
     whole_s, bare_s = (float(np.median(t)) for t in zip(*times, strict=True))
     report = Report('speed_inference', args, f'phantom studies of {args.data_dir.name}, {len(studies)}; networks of {args.run_dir.name}; device {members[0].device}, {torch.get_num_threads()} threads; {args.repeats} repetitions')
-    report.add('bare networks / whole, throughput of whole studies', bare_s / whole_s, f'>= {SHARE}', bare_s / whole_s >= SHARE, ratios=[b / w for w, b in times])
+    report.add('bare networks / whole, throughput of whole studies', bare_s / whole_s, f'{SHARE} to {NOT_MORE}', SHARE <= bare_s / whole_s <= NOT_MORE, ratios=[b / w for w, b in times])
     report.add('whole, s a study', whole_s / len(studies))
     report.add('bare networks, s a study', bare_s / len(studies), calls=len(calls))
     pictures = list({id(m): m for m, inputs in calls if len(inputs) == 1 and torch.is_tensor(inputs[0]) and inputs[0].dim() == 4}.values())

@@ -7,7 +7,6 @@ import sys
 import time
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import torch
 import yaml
@@ -23,7 +22,7 @@ from mscan.recesses import RecessNet, RecessSet, recess_loss
 from mscan.training import fit, pick_device, pick_precision, seed_everything
 from mscan.yolo import best_boxes, build_yolo
 
-from ._common import Report, parser
+from ._common import Report, panels, parser
 
 SHARE = .6           # of the bare throughput, of the paper's networks on a GPU
 DEFAULTS = {'20_keypoints': dict(encoder='resnet18', width=16, size_px=192, batch=8), '30_crops': dict(window_px=96, width=16, batch=32), '22_sides': dict(window_px=64, recess_width=8, recess_batch=32),
@@ -100,12 +99,9 @@ def answer_share(net, answer, shown: np.ndarray, device, seconds: float, repeats
 
 
 def plot(file: Path, shares: dict):
-    matplotlib.use('Agg')
-    import matplotlib.pyplot as plt
-    fig, ax = plt.subplots(figsize=(7, .4 * len(shares) + 1), dpi=100)
-    ax.barh(list(shares), list(shares.values()), color=['tab:blue' if 'training' in n else 'tab:green' for n in shares]); ax.invert_yaxis()
-    ax.axvline(SHARE, color='grey', ls=':'); ax.set(xlabel='share of the bare network\'s throughput', xlim=(0, 1.1))
-    fig.tight_layout(); fig.savefig(file); plt.close(fig)
+    with panels(file, height=.4 * len(shares) + 1) as (ax,):
+        ax.barh(list(shares), list(shares.values()), color=['tab:blue' if 'training' in n else 'tab:green' for n in shares]); ax.invert_yaxis()
+        ax.axvline(SHARE, color='grey', ls=':'); ax.set(xlabel='share of the bare network\'s throughput', xlim=(0, 1.1))
 
 
 def main(argv=None) -> int:
@@ -132,7 +128,6 @@ def main(argv=None) -> int:
             shares[what] = ours / bare
             report.add(f'{what}: share of bare', ours / bare, f'>= {SHARE}' if bound else '', ours / bare >= SHARE if bound else None, images_per_second=ours, bare=bare, batch=batch)
             report.notes.append(f'{what}: {ours:.0f} of {bare:.0f} images/s in batches of {len(shown)}')
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     plot(args.out.with_suffix('.png'), shares)
     return report.finish()
 

@@ -4,7 +4,6 @@ Three things are timed in turn, again and again: `pydicom.dcmread(f).pixel_array
 folder with as many processes, and within it the reading alone (headers and pixels, 8 bits, cache, index; not the tables, labels, points and coverage); and the same `prepare` once more. Each repetition gives its
 ratios, the report their medians. The files are in the system's cache on both sides. Data: the phantom as it is, and its slices enlarged to --side pixels, which is a common size of real ones."""
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -14,7 +13,6 @@ from functools import partial
 from pathlib import Path
 
 import cv2
-import matplotlib
 import numpy as np
 import pydicom
 from pydicom.uid import RLELossless
@@ -23,7 +21,7 @@ from mscan import prepare as stage
 from mscan.phantom import make_phantom
 from mscan.workers import pooled
 
-from ._common import RUNS, Report, data_of, parser
+from ._common import RUNS, Report, data_of, panels, parser
 
 FIRST, SECOND = 1.3, .05   # at most: a first prepare by the bare reading, a second by the first
 KINDS = ('bare reading', 'reading of the first prepare', 'first prepare', 'second prepare')
@@ -106,19 +104,13 @@ def measure(data, workers, repeats, say=print):
 
 def draw(found, path):
     "Seconds of every repetition, one panel a data set."
-    matplotlib.use('Agg')
-    import matplotlib.pyplot as plt
-    fig, axes = plt.subplots(1, len(found), figsize=(5 * len(found), 3.2), dpi=110, squeeze=False)
-    for ax, (name, (seconds, files, _)) in zip(axes[0], found.items(), strict=True):
-        for k, kind in enumerate(KINDS):
-            ax.bar(k, np.median(seconds[:, k]), color=('tab:gray', 'tab:blue', 'tab:cyan', 'tab:green')[k], alpha=.5)
-            ax.plot(np.full(len(seconds), k) + np.linspace(-.2, .2, len(seconds)), seconds[:, k], 'k.', ms=4)
-            ax.text(k, np.median(seconds[:, k]), f'{np.median(seconds[:, k]):.2f} s', ha='center', va='bottom', fontsize=8)
-        ax.set_xticks(range(4), [k.replace(' of the', '\nof the') for k in KINDS], fontsize=7); ax.set_ylabel(f'seconds for {files} files'); ax.set_title(name, fontsize=9)
-    fig.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fig.savefig(path)
-    plt.close(fig)
+    with panels(path, len(found), 5, 3.2) as axes:
+        for ax, (name, (seconds, files, _)) in zip(axes, found.items(), strict=True):
+            for k, kind in enumerate(KINDS):
+                ax.bar(k, np.median(seconds[:, k]), color=('tab:gray', 'tab:blue', 'tab:cyan', 'tab:green')[k], alpha=.5)
+                ax.plot(np.full(len(seconds), k) + np.linspace(-.2, .2, len(seconds)), seconds[:, k], 'k.', ms=4)
+                ax.text(k, np.median(seconds[:, k]), f'{np.median(seconds[:, k]):.2f} s', ha='center', va='bottom', fontsize=8)
+            ax.set_xticks(range(4), [k.replace(' of the', '\nof the') for k in KINDS], fontsize=7); ax.set_ylabel(f'seconds for {files} files'); ax.set_title(name, fontsize=9)
 
 
 def main(argv=None):
@@ -130,17 +122,15 @@ def main(argv=None):
     make_phantom(data, studies=args.studies - 4, test_studies=4, seed=args.seed, size=args.size, prevalence=args.prevalence, workers=args.workers)
     sets = {'phantom as it is': data} | ({f'enlarged to {args.side} columns': enlarged(data, args.side, args.workers)} if args.side else {})
     report = Report('speed_prepare', args, f'{data_of(args)}; {args.workers} processes on either side, {args.repeats} repetitions, least and largest in place of an interval')
-    found, load = {}, [os.getloadavg()[0]]
+    found = {}
     for name, folder in sets.items():
         seconds, files, size = found[name] = measure(folder, args.workers, args.repeats, lambda text, name=name: print(f'{name}: {text}', flush=True))
-        load.append(os.getloadavg()[0])
         line = lambda values: (float(np.median(values)), float(values.min()), float(values.max()))
         for what, ratio, limit in (('reading of the first prepare / bare reading', seconds[:, 1] / seconds[:, 0], FIRST), ('first prepare / bare reading', seconds[:, 2] / seconds[:, 0], None), ('second prepare / first', seconds[:, 3] / seconds[:, 2], SECOND)):
             report.add(f'{what}, {name}', line(ratio), f'median <= {limit}' if limit else '', np.median(ratio) <= limit if limit else None)
         for k, kind in enumerate(KINDS): report.add(f'{kind}, s, {name}', line(seconds[:, k]))
         report.add(f'first prepare, slices a second, {name}', line(files / seconds[:, 2]))
         report.notes.append(f'{name}: {files} files, {size / 1e6:.0f} megapixels')
-    report.notes.append(f'load of the machine (one minute) before and after each: {", ".join(f"{v:.1f}" for v in load)}')
     draw(found, args.out.with_suffix('.png'))
     return report.finish()
 

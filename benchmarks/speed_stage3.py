@@ -9,7 +9,6 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-import matplotlib
 import numpy as np
 import torch
 from torch import nn
@@ -21,7 +20,7 @@ from mscan.grading import StudySet, study_features, study_loss
 from mscan.rsna import LEVELS
 from mscan.training import fit, freeze, pick_device, seed_everything
 
-from ._common import Report, parser
+from ._common import Report, panels, parser
 
 EPOCHS, SLICES, MODEL_BATCH = 20, 3, 16
 LIMITS = {4: 1 / 4, 1: 1 / 10}       # views -> largest share of the end-to-end time
@@ -117,15 +116,12 @@ def measure(forms: Forms, epochs: int, repeats: int) -> dict:
 
 
 def plot(file: Path, found: dict):
-    matplotlib.use('Agg')
-    import matplotlib.pyplot as plt
-    fig, axes = plt.subplots(1, len(found), figsize=(4.6 * len(found), 2.8), dpi=100, squeeze=False)
-    for ax, (name, s) in zip(axes[0], found.items(), strict=True):
-        names = ['end to end', *(k for k in s if k.startswith('cached'))]
-        ax.barh(names, [s[k] for k in names], color=['tab:grey', *['tab:blue'] * len(LIMITS)]); ax.invert_yaxis()
-        for y, k in enumerate(names): ax.text(s[k], y, f' {s[k] / s["end to end"]:.2f}', va='center')
-        ax.set(title=name, xlabel=f'seconds for {EPOCHS} epochs, features included'); ax.margins(x=.15)
-    fig.tight_layout(); fig.savefig(file); plt.close(fig)
+    with panels(file, len(found), 4.6, 2.8) as axes:
+        for ax, (name, s) in zip(axes, found.items(), strict=True):
+            names = ['end to end', *(k for k in s if k.startswith('cached'))]
+            ax.barh(names, [s[k] for k in names], color=['tab:grey', *['tab:blue'] * len(LIMITS)]); ax.invert_yaxis()
+            for y, k in enumerate(names): ax.text(s[k], y, f' {s[k] / s["end to end"]:.2f}', va='center')
+            ax.set(title=name, xlabel=f'seconds for {EPOCHS} epochs, features included'); ax.margins(x=.15)
 
 
 def main(argv=None) -> int:
@@ -152,7 +148,6 @@ def main(argv=None) -> int:
     forms = Forms('test_efficientnet', 64, 6, 3, device)
     apart = np.abs(forms.cached(1, 3, dropout=0.).table[['train_loss', 'validation_loss']] - forms.whole(3, False, dropout=0.).table[['train_loss', 'validation_loss']]).to_numpy().max()
     report.add('largest difference of a loss, same crops, three epochs', apart, '<= 1e-5', apart <= 1e-5)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     plot(args.out.with_suffix('.png'), found)
     return report.finish()
 
