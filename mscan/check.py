@@ -7,7 +7,7 @@ __all__ = ['SEQUENCE', 'VERSION', 'KEYS', 'SMALL', 'job_of', 'jobs_of', 'sequenc
            'label_sentences', 'read_job', 'study_record', 'code_key', 'listing', 'job_key', 'stored', 'check_job',
            'failed', 'check_studies', 'summed', 'check', 'text_lines', 'mscan_check']
 
-# %% ../nbs/11_check.ipynb #1d28306e
+# %% ../nbs/11_check.ipynb #88c2d288
 import hashlib
 import json
 import os
@@ -33,7 +33,7 @@ from .folders import Refused, find_studies, write_ids
 from .mirror import conventional, stored_reversed
 from .page import page_of, plural
 from .points import clean_points, slice_rows
-from .prepare import read_any, read_examined, read_tables, sentence, study_report
+from .prepare import read_any, read_examined, read_tables, sentence, series_report, study_report
 from .rsna import LEVELS, TableError
 from .thumbnails import pictures_of
 from .workers import Lost, Same, guarded
@@ -99,7 +99,7 @@ def folders_of(
         except OSError: out[place.name] = None
     return out
 
-# %% ../nbs/11_check.ipynb #e96cd177
+# %% ../nbs/11_check.ipynb #dd07de3e
 def decisions(
     study: Study,     # as examined
     report: dict,     # of `mscan.prepare.study_report`
@@ -119,12 +119,12 @@ def decisions(
         left = Counter(say(f['reason']) for f in s['left_out'])
         out.append(s | dict(use=use, why=say('; '.join([*reason, *([why[s['series_id']]] if s['series_id'] in why else [])])), said=described(on_disk.get(s['series_id'])) if on_disk.get(s['series_id']) else '',
                             left_out=[dict(reason=r, files=c) for r, c in left.most_common()]))
-    known = {s['series_id'] for s in out}
+    known, aside = {s['series_id'] for s in out}, {s.series_id: series_report(s) for s in study.aside}
     absent = [m[1] for p in sentences if (m := re.match(r'series (\S+?):? (?:is described but|no folder)', p))]
     for series_id in dict.fromkeys([*on_disk, *absent]):
         if series_id in known: continue
         reason = why.get(series_id) or next((p for p in sentences if f'series {series_id}' in p), 'it is none of the three views')
-        out.append(dict(series_id=series_id, view=found[series_id]['said'] if series_id in found else tables.get(series_id, ''), use='left out', why=say(reason.removeprefix(f'series {series_id}').lstrip(': ')), said=described(on_disk[series_id]) if on_disk.get(series_id) else '', slices=0, left_out=[]))
+        out.append(dict(slices=0) | aside.get(series_id, {}) | dict(series_id=series_id, view=found[series_id]['said'] if series_id in found else tables.get(series_id, ''), use='left out', why=say(reason.removeprefix(f'series {series_id}').lstrip(': ')), said=described(on_disk[series_id]) if on_disk.get(series_id) else '', left_out=[]))
     return out
 
 # %% ../nbs/11_check.ipynb #38970c45

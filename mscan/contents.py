@@ -220,7 +220,7 @@ def parts_apart(
     if (shown < SHOWN).all(): return [None if (shown < SHOWN / 2).all() or not near.all() else False] * len(sagittal)
     return [bool(v < shown.max() - LESS and not near[i, shown.argmax()]) for i, v in enumerate(shown)]
 
-# %% ../nbs/091_contents.ipynb #b333e8ca
+# %% ../nbs/091_contents.ipynb #4f850100
 def _no_series(study): return [f"no {'axial' if 'axial' in v else 'sagittal'} {v[-2:].upper()} series" for v in VIEWS.values() if not study.of(v)]
 
 
@@ -240,7 +240,7 @@ def examine(
     folder=None,               # of the study, for what headers say; None: headers are not asked
     described=None,            # ids of series that a table describes; None: all of them
     always: bool=False,        # look at every image, even where the words agree
-):                             # study with repaired views and problems; list of findings (series_id, kind, said, seen, done)
+):                             # study with repaired views and problems, without the series set `aside`; list of findings (series_id, kind, said, seen, done)
     "Decide what each series of a study shows; the words are kept where nothing speaks against them."
     missing, findings, kept = set(_no_series(study)), [], []
     for s in study.series:
@@ -258,7 +258,7 @@ def examine(
         sure = apart[id(s)]
         findings.append(_finding(s.series_id, 'elsewhere' if sure else 'elsewhere_unsure', s.view, 'another part', 'set aside' if sure else 'kept'))
         if not sure: whole.append(s)
-    out = replace(study, series=whole)
+    out = replace(study, series=whole, aside=[s for s in study.series if s.series_id not in {w.series_id for w in whole}])
     out.problems = [p for p in study.problems if p not in missing] + [SENTENCES[f['kind']].format(**f) for f in findings if f['kind'] in SENTENCES] + _no_series(out)
     return out, findings
 

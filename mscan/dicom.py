@@ -44,7 +44,7 @@ class Series:
 
     def __len__(self): return len(self.instance_number)
 
-# %% ../nbs/01_dicom.ipynb #2ddeb5fc
+# %% ../nbs/01_dicom.ipynb #308b0764
 def slice_middles(
     position,     # (n, 3) mm
     orientation,  # (n, 6)
@@ -62,6 +62,7 @@ class Study:
     study_id: str
     series: list                   # of `Series`
     problems: list = field(default_factory=list)  # sentences
+    aside: list = field(default_factory=list)     # of `Series` that no answer rests on, as those of the neck
 
     def of(self, view: str) -> list:
         "The series of one view, best first: a sagittal one that does not show where the axial slices lie is of the neck, one of few slices a repeat or a localiser."

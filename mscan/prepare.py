@@ -90,9 +90,9 @@ def series_report(
                 shapes=sorted({f'{r}x{c}' for r, c in series.shape}), pixel_spacing_mm=np.round(np.median(series.pixel_spacing, 0), 3).tolist(),
                 decodable=len(series.pixels), left_out=[dict(file=f, reason=r) for f, r in series.left_out])
 
-# %% ../nbs/10_prepare.ipynb #0926f857
+# %% ../nbs/10_prepare.ipynb #fb405d94
 def remarks_on(
-    study: Study, series: list,  # reports of its series
+    study: Study, series: list,  # reports of its series, of those set aside too
 ) -> list:                       # sentences
     "Oddities of a study that change no answer."
     out = []
@@ -112,7 +112,7 @@ def study_report(
 ) -> dict:
     "What a person would ask of one study: its series, the problems met, what was decided, and what is odd."
     series = [series_report(s) for s in study.series]
-    return dict(study_id=study.study_id, problems=study.problems, findings=list(findings), remarks=remarks_on(study, series), series=series)
+    return dict(study_id=study.study_id, problems=study.problems, findings=list(findings), remarks=remarks_on(study, [*series, *map(series_report, study.aside)]), series=series)
 
 
 def note_labels(
