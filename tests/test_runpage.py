@@ -57,6 +57,9 @@ def test_a_failed_stage_is_told_and_the_run_ends_as_it_did(place):
     assert stages['10_prepare'].state == 'finished' and stages['20_keypoints'].state == 'failed' and stages['30_crops'].state == 'not run'
     assert 'ended with: ValueError: 10 is too often' in Seen(page_of(place / 'run')).text
     assert cli(place).returncode == 0 and 'too often' not in Seen(page_of(place / 'run')).text
+    cli(place, '-p', 'times', '10')
+    text = Seen(page_of(place / 'run')).text
+    assert '20_keypoints: failed. Scores and figures on this page, and 30_crops, are from before that.' in text and 'papermill' not in text
 
 
 @pytest.mark.parametrize('error', [MemoryError('x'), KeyError('x'), OSError('disk full'), RecursionError('x')])
