@@ -17,7 +17,7 @@ SCIENCE ?= runs/science
 
 KAGGLE_USER ?= your-kaggle-name
 
-.PHONY: setup demo proof science kaggle test test-all benchmarks speed lessons docs lock clean
+.PHONY: setup demo proof science kaggle test test-all benchmarks speed lessons results docs lock clean
 
 setup: $(STAMP)
 
@@ -77,6 +77,11 @@ speed: setup
 lessons: setup
 	$(BIN)/python tests/lessons.py $(N)
 	$(BIN)/nbdev_clean
+
+# README's tables of results, from what `make proof` left, and the pages that copy from them.
+results: setup
+	$(BIN)/python docs/results.py --run_dir $(RUN)
+	$(BIN)/python docs/parameters.py
 
 # Rewrite what pages take from notebooks, presets and README.
 docs: setup

@@ -1,5 +1,8 @@
 """What does grading cost beside its networks? Whole studies, from files to rows, against the same networks on the same tensors that are already there; and the same answers one slice at a time.
 
+The last is asked twice. In float32 a batch and a single picture part in the last bits; a point that moves by 1e-5 pixels moves some pixels of the 8-bit crops by one grey level, and that is seen in the third
+or fourth digit of a probability. In float64 only a difference in what is done would be left.
+
 Every call of a network is written down while studies are graded, with its input. The bare figure is the time that these calls take by themselves, in the same process, threads and batch sizes.
 `--data_dir` holds test_images. Repetitions of both are interleaved, the median counts.
 """
@@ -20,7 +23,7 @@ from mscan.submission import load_members, predict_all, predict_found, run_manif
 from ._common import Report, parser
 
 SHARE, NOT_MORE = .6, 1.1   # of the bare throughput; what is faster than its own networks has not been timed
-SAME = 1e-4         # largest difference of a probability between a batch and one slice at a time
+SAME = 1e-6         # largest difference of a probability between a batch and one slice at a time, networks in float64
 
 
 @contextmanager
@@ -40,15 +43,41 @@ def written_down():
 
 
 @contextmanager
+def forwards(modules: list, other):
+    "Modules with another forward, which `other` makes of their own."
+    own = [m.forward for m in modules]
+    for m, f in zip(modules, own, strict=True): m.forward = other(f)
+    try: yield
+    finally:
+        for m, f in zip(modules, own, strict=True): m.forward = f
+
+
 def one_at_a_time(modules: list):
     "Modules that take a batch of pictures take its pictures one by one."
     def alone(forward):
         def run(x, *args): return forward(x, *args) if args or not torch.is_tensor(x) or len(x) < 2 else joined([forward(x[i:i + 1]) for i in range(len(x))])
         return run
-    for m in modules: m.forward = alone(m.forward)
-    try: yield
+    return forwards(modules, alone)
+
+
+@contextmanager
+def in_double(modules: list):
+    "Modules compute in float64, and are asked and answer in float32."
+    def double(forward):
+        def run(x, *args): return cast(forward(x.double(), *args), torch.float32)
+        return run
+    for m in modules: m.double()
+    try:
+        with forwards(modules, double): yield
     finally:
-        for m in modules: del m.forward
+        for m in modules: m.float()
+
+
+def cast(answers, dtype):
+    "Tensors, or tuples and dicts of them, in another precision."
+    if torch.is_tensor(answers): return answers.to(dtype) if answers.is_floating_point() else answers
+    if isinstance(answers, dict): return {k: cast(v, dtype) for k, v in answers.items()}
+    return type(answers)(cast(v, dtype) for v in answers) if isinstance(answers, (tuple, list)) else answers
 
 
 def joined(answers: list):
@@ -92,10 +121,17 @@ def main(argv=None) -> int:
     report.add('whole, s a study', whole_s / len(studies))
     report.add('bare networks, s a study', bare_s / len(studies), calls=len(calls))
     pictures = list({id(m): m for m, inputs in calls if len(inputs) == 1 and torch.is_tensor(inputs[0]) and inputs[0].dim() == 4}.values())
-    with one_at_a_time(pictures): alone = pd.concat([grade(s) for s in studies], ignore_index=True)
-    apart = np.abs(rows[list(PROBS)].to_numpy() - alone[list(PROBS)].to_numpy()).max()
-    report.add('largest difference of a probability, one slice at a time', apart, f'<= {SAME}', apart <= SAME)
+    grades = lambda rows: rows[list(PROBS)].to_numpy().argmax(1)
+    apart = lambda a, b: np.abs(a[list(PROBS)].to_numpy() - b[list(PROBS)].to_numpy()).max()
+    everything = lambda: pd.concat([grade(s) for s in studies], ignore_index=True)
+    with one_at_a_time(pictures): alone = everything()
+    with in_double(pictures):
+        exact = everything()
+        with one_at_a_time(pictures): exact_alone = everything()
+    report.add('largest difference of a probability, one slice at a time, float64', apart(exact, exact_alone), f'<= {SAME}', apart(exact, exact_alone) <= SAME)
+    report.add('the same in float32', apart(rows, alone))
     report.add('rows whose source or slices differ', int((rows[['source', 'slices']] != alone[['source', 'slices']]).any(axis=1).sum()), '0', rows[['source', 'slices']].equals(alone[['source', 'slices']]))
+    report.add('rows whose likeliest grade differs', int((grades(rows) != grades(alone)).sum()), '0', (grades(rows) == grades(alone)).all())
     report.notes.append(f'{len(pictures)} networks asked for single pictures')
     return report.finish()
 

@@ -259,6 +259,51 @@ def test_every_parameter_has_a_meaning():
     assert len(lines) > 100 and not [line for line in lines if line.endswith('|  |')], 'a comment behind it in the parameters cell'
 
 
+# Results
+
+TABLE = """7 studies.
+
+### weighted log loss / that of the given prior, per condition, side and level
+
+| condition | L1/L2 | L2/L3 | L3/L4 | L4/L5 | L5/S1 | all levels |
+| --- | --- | --- | --- | --- | --- | --- |
+| canal | .1 / .2 | .3 / .4 | .5 / .6 | .7 / .8 | .9 / .11 | .12 / .13 |
+| recess, left | .2 / .2 | .3 / .4 | .5 / .6 | .7 / .8 | .9 / .11 | .14 / .15 |
+
+### labelled rows and areas, all levels
+
+| condition | labelled rows | AUROC, macro | AUROC, binary |
+| --- | --- | --- | --- |
+| canal | 520 | .91 | .92 |
+| recess, left | 499 | .93 | .94 |
+
+### parts of the score, with 95 % intervals over studies
+
+| part of the score | model | given prior | model - given prior, paired |
+| --- | --- | --- | --- |
+| canal | .31 [.30, .32] | 1 | -.5 [-.6, -.4] |
+"""
+
+
+def test_results_reach_readme_from_the_files_of_a_run(tmp_path):
+    import results
+    readme = (ROOT / 'README.md').read_text(encoding='utf-8')
+    (tmp_path / 'proof').mkdir()
+    (tmp_path / 'proof/table.md').write_text(TABLE)
+    with pytest.raises(FileNotFoundError, match='sides.json is absent; `make proof` makes it'): results.filled(readme, tmp_path, tmp_path)
+    figure = lambda name, k, **more: dict(figure=name, value=k + .1234, low=k + .1, high=k + .2) | more
+    sides = [figure(f'{what}, {way}: {which}', k) for k, (what, way, which) in enumerate((what, way, which) for what in ('foramen', 'recess', 'recess, canal astray') for way in ('network', 'offset') for which in ('within one slice', 'exact slice', 'median in plane, mm'))]
+    lost = [f for k, (_, way, *_) in enumerate(results.WAYS) for f in (figure(f'{way}: score', k, studies=5), figure(f'{way} - whole: score', k))] + [figure(name, -9) for name in results.RUNGS.values()]
+    for name, figures in (('sides', sides), ('missing', lost)): (tmp_path / f'{name}.json').write_text(json.dumps(dict(figures=figures)))
+    made = results.filled(readme, tmp_path, tmp_path)
+    for line in ('| on 7 held-out phantom studies | M-SCAN, both sides | prior | less the prior, paired |', '| canal | .31 [.30, .32] | 1 | -.5 [-.6, -.4] |', '| recess, left | .2 / .2 | .3 / .4 | .5 / .6 | .7 / .8 | .9 / .11 | .14 / .15 | .94 |',
+                 '| foramen, in the slice, median mm | 2.1 [2.1, 2.2] | 5.1 [5.1, 5.2] |', '| the same where the canal point is 4 mm astray | 14.1 [14.1, 14.2] | 17.1 [17.1, 17.2] |',
+                 '| axial T2 | 1.12 [1.10, 1.20] | +1.123 [+1.100, +1.200] | graded rows | recesses -8.88 [-8.90, -8.80] |', '| all but one of several axial series (5 studies) | 3.12 [3.10, 3.20] | +3.123 [+3.100, +3.200] | model |  |'):
+        assert made.count(line) == 1 and line not in readme, line
+    outside = lambda text: re.sub(r'(<!-- (proof|places|missing) -->).*?(<!-- /)', r'\1\3', text, flags=re.S)
+    assert outside(made) == outside(readme) and results.filled(made, tmp_path, tmp_path) == made     # nothing else is touched, and once is enough
+
+
 @cache
 def said() -> str:
     "All code that can say something, sentences that are written in pieces joined."

@@ -1,14 +1,16 @@
-"A run that a launcher starts twice: one run comes out, trained by both. The processes are started by hand, with the variables that torchrun sets."
+"A run that a launcher starts twice: one run comes out, trained by both. The processes are started by hand, with the variables that torchrun sets, and once by torchrun."
 import json
 import os
 import socket
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 
+from mscan.ranks import free_port
 from mscan.runs import read_manifest
 from mscan.training import load_weights
 from test_runs import CLI, write_notebook
@@ -75,11 +77,13 @@ def test_where_one_process_fails_all_end(place):
 
 @pytest.mark.slow
 def test_a_real_stage_on_two_processes(run, data, tmp_path):
-    "Encoders and grader of the smoke run once more, by two processes; what comes after goes on with them."
+    "Encoders and grader of the smoke run once more, by the two processes that torchrun starts; what comes after goes on with them."
     told = json.loads((run[0]/'42_grading'/'manifest.json').read_text())['parameters'], json.loads((run[0]/'31_encoders'/'manifest.json').read_text())['parameters']
     settings = [w for stage, p in zip(('42_grading', '31_encoders'), told, strict=True) for k, v in p.items() if k != 'run_dir' for w in ('-p', f'{stage}.{k}', str(v))]
-    done = together(2, ['--data_dir', data[0], '--run_dir', tmp_path/'run', '--resume_from', run[0], '--stages', '31_encoders,42_grading', *settings, '-p', 'seed', '1'])
-    assert [d[0] for d in done] == [0, 0], done[0][2][-3000:] + done[1][2][-3000:]
+    torchrun = [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node', '2', '--master_port', str(free_port()), '--no-python', *CLI]
+    args = ['--data_dir', data[0], '--run_dir', tmp_path/'run', '--resume_from', run[0], '--stages', '31_encoders,42_grading', *settings, '-p', 'seed', '1']
+    done = subprocess.run([*torchrun, *map(str, args)], env=os.environ | dict(OMP_NUM_THREADS='1'), capture_output=True, text=True, timeout=1200)
+    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
     for stage, table in (('31_encoders', 'history'), ('42_grading', 'history')):
         made, old = read_manifest(tmp_path/'run', stage), read_manifest(run[0], stage)
         assert made.record['processes'] == 2 and set(made.products) == set(old.products) and not made.changed()

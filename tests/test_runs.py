@@ -75,6 +75,15 @@ def test_second_call_makes_nothing(place, quick):
     assert read_manifest(place/'run', '30_crops').path('text').read_text() == '6'
 
 
+def test_weights_that_are_not_there_are_told_before_the_first_stage(place, quick):
+    write_notebook(place/'nbs', '40_levels', "run_dir = 'runs/x'\npretrained = 'coco'", 'pass')
+    with pytest.raises(RunError, match='40_levels.pretrained: there is no file coco; name one'): go(place)
+    assert not (place/'run').exists() and go(place, stages=['10_prepare']) == ['10_prepare']
+    (place/'yolo.safetensors').write_bytes(b'weights')
+    assert go(place, ('40_levels.pretrained', str(place/'yolo.safetensors'))) == ['20_keypoints', '30_crops', '40_levels']
+    assert go(place, ('40_levels.pretrained', 'none')) == ['40_levels'] and go(place, ('40_levels.pretrained', 'imagenet')) == ['40_levels']
+
+
 @pytest.mark.parametrize('change, made', [
     (lambda p: edit(p, '20_keypoints', 'made * times', 'made + times'), ['20_keypoints', '30_crops']),
     (lambda p: edit(p, '20_keypoints', 'stage.finish()', 'stage.finish()  # the end'), []),
