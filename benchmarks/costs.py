@@ -115,7 +115,7 @@ def by_stage(rows: dict) -> list:
     devices = ' / '.join(d.split()[0] for d in SUSTAINED)
     lines = ['| stage | ' + ' | '.join(f'`{p}`: h on {devices} | GPU, GB | disk, GB | memory, GB' for p in rows) + ' |', '|---' * (1 + 4 * len(rows)) + '|']
     rooms = {p: room(p) for p in rows}
-    for stage in dict.fromkeys(['10_prepare', *(r[0].split(':')[0] for rs in rows.values() for r in rs)]):
+    for stage in sorted({'10_prepare', *(r[0].split(':')[0] for rs in rows.values() for r in rs)}):
         cells = []
         for p, rs in rows.items():
             mine = [r for r in rs if r[0].startswith(stage)]
