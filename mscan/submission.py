@@ -175,7 +175,7 @@ def predict_study(
         print(f'study {found.study_id} falls back: {failure(e)}', file=sys.stderr)
         return fallback_rows(found.study_id, [models], failure(e))
 
-# %% ../nbs/60_submission.ipynb #7ecbd123
+# %% ../nbs/60_submission.ipynb #1d9f81c2
 def predict_found(
     found: Found, descriptions,
     members: list,       # of `load_models`, one for each run
@@ -205,7 +205,7 @@ def predict_all(
     "`predict_found` for one study after the other, of which the next is read while one is graded."
     for found, read in read_ahead(studies, descriptions, members, limits): yield predict_found(found, descriptions, members, strict, limits, read)
 
-
+# %% ../nbs/60_submission.ipynb #4b772e0c
 def load_members(
     manifests: list,     # of `run_manifests`
     device: str='auto',

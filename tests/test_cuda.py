@@ -1,4 +1,5 @@
 "What runs on a GPU, without one: torch's fake tensors have a device and no numbers, so that whatever is made on the CPU and meets them fails."
+import math
 from contextlib import contextmanager, nullcontext
 from itertools import product
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ from mscan.bilateral import ROLES, Bilateral
 from mscan.crops import AxialPointNet, point_loss
 from mscan.crossattention import MODELS, PROBES, BiGRU, SliceLSTM, build_model, probe
 from mscan.encoders import SliceEncoder, crop_loss, encode
+from mscan.engines import shares
 from mscan.foramina import foramen_loss
 from mscan.grading import grade_features, study_loss
 from mscan.keypoints import KeypointNet, heat_maps, keypoint_loss
@@ -54,6 +56,7 @@ def gpu(*nets):
         patch.setattr(torch.cuda.amp.common, 'amp_definitely_not_available', lambda: False)                    # else autocast does nothing
         patch.setattr(torch.cuda, 'is_bf16_supported', lambda: True)
         patch.setattr(nn.utils.rnn, 'pack_padded_sequence', packed)
+        patch.setattr(torch.distributions.Distribution, '_validate_args', False)                               # it would look at numbers
         for net in nets: net.to('cuda')
         yield
 
@@ -103,11 +106,12 @@ def test_a_loss_on_the_device_stays_there(name):
 @pytest.mark.parametrize('precision', [torch.bfloat16, torch.float16])
 def test_recurrences_compute_in_full_precision(precision):
     "cuDNN's autocast knows fp16 alone; without fp16's scaler small gradients would be lost in it."
-    gru, lstm, linear = BiGRU(D), SliceLSTM(D), nn.Linear(D, D)
+    gru, lstm, linear, under = BiGRU(D), SliceLSTM(D), nn.Linear(D, D), []
+    for net in (gru.gru, lstm.lstm): net.register_forward_pre_hook(lambda *_: under.append(torch.is_autocast_enabled('cuda')))
     with gpu(gru, lstm, linear), torch.autocast('cuda', dtype=precision):
         e, slices, present = torch.rand(B, T, D, device='cuda'), torch.rand(B, T, S, D, device='cuda'), torch.ones(B, T, S, dtype=torch.bool, device='cuda')
         for kind in (torch.float32, precision): assert gru(e.to(kind)).dtype == lstm(slices.to(kind), present).dtype == torch.float32
-        assert linear(e).dtype == precision
+        assert linear(e).dtype == precision and under == [False] * 4, under
 
 
 def features(bilateral):
@@ -125,13 +129,16 @@ def test_answers_come_back_to_the_host():
         heat, none = heat_maps(unet, pictures, 'cuda', batch=2)
         assert heat.shape == (3, 5, PX, PX) and none.shape == (3, 5)
         assert encode(encoder, pictures, np.ones(3, bool), 'cuda').shape == (3, D)
+        yolo.model[-1].stride = (8., 16., 32.)                                                                 # read as numbers
         p, boxes = best_boxes(yolo, pictures, 'cuda', batch=2)
         assert p.shape == (3, 5) and boxes.shape == (3, 5, 4)
         for net in readers: assert grade_features(net, *features(False), 'cuda').shape == (T, 1, 3)
         assert grade_sides(both, *features(True), 'cuda').shape == (T, 5, 3)
 
 
-def test_what_a_reader_is_asked_of_its_attention_stays_on_the_device():
+def test_what_a_reader_is_asked_of_its_attention_stays_on_the_device(monkeypatch):
+    "Without the gradient itself: its engine wants a GPU."
+    monkeypatch.setattr(torch.autograd, 'grad', lambda score, maps, **options: [torch.zeros_like(m) for m in maps])
     net, own = build_model('mscan', dim=D).eval(), {v: SliceEncoder('test_efficientnet', D).requires_grad_(False).eval() for v in ('sagittal', 'axial')}
     crops = SimpleNamespace(sagittal=np.zeros((T, PX, PX), np.uint8), sagittal_mask=np.ones(T, bool), axial=np.zeros((1, T, S, PX, PX), np.uint8), axial_mask=np.ones((1, T, S), bool))
     with gpu(net, *own.values()):
@@ -153,12 +160,12 @@ def on_the_host(make): return lambda *a, device=None, **k: make(*a, **k)
 
 
 MUTANTS = {   # what is done wrong, and the test that fails
-    'a grid made on the CPU': ((torch, 'arange', on_the_host(torch.arange)), lambda: test_a_loss_on_the_device_stays_there('keypoints')),
+    'a grid made on the CPU': ((torch, 'arange', on_the_host(torch.arange)), lambda patch: test_a_loss_on_the_device_stays_there('keypoints')),
     'an identity made on the CPU': ((torch, 'eye', on_the_host(torch.eye)), test_what_a_reader_is_asked_of_its_attention_stays_on_the_device),
-    'studies mixed in an order of the CPU': ((torch, 'lerp', lambda a, b, share: a * (1 - share.cpu()) + b * share), lambda: test_a_loss_on_the_device_stays_there('bilateral, mixup')),
-    'a table of weights copied for every loss': ((encoders, 'weighted_ce', weights_as_a_table), lambda: test_a_loss_on_the_device_stays_there('encoder')),
-    'answers left on the device': ((torch.Tensor, 'cpu', lambda x: x), test_answers_come_back_to_the_host),
-    'recurrences under autocast': ((crossattention, 'full_precision', lambda x: nullcontext()), lambda: test_recurrences_compute_in_full_precision(torch.bfloat16)),
+    'studies mixed in an order of the CPU': ((torch, 'lerp', lambda a, b, share: a * (1 - share.cpu()) + b * share), lambda patch: test_a_loss_on_the_device_stays_there('bilateral, mixup')),
+    'a table of weights copied for every loss': ((encoders, 'weighted_ce', weights_as_a_table), lambda patch: test_a_loss_on_the_device_stays_there('encoder')),
+    'answers left on the device': ((torch.Tensor, 'cpu', lambda x: x), lambda patch: test_answers_come_back_to_the_host()),
+    'recurrences under autocast': ((crossattention, 'full_precision', lambda x: nullcontext()), lambda patch: test_recurrences_compute_in_full_precision(torch.bfloat16)),
 }
 
 
@@ -166,8 +173,8 @@ MUTANTS = {   # what is done wrong, and the test that fails
 def test_mutants_are_found(monkeypatch, name):
     wrong, check = MUTANTS[name]
     monkeypatch.setattr(*wrong)
-    with pytest.raises((RuntimeError, AssertionError)) as found: check()
-    assert any(w in str(found.value) for w in ('device', 'numpy cannot take', 'lengths are wanted', '_to_copy', 'dtype')), found.value
+    with pytest.raises((RuntimeError, AssertionError)) as found: check(monkeypatch)
+    assert any(w in str(found.value) for w in ('device', 'numpy cannot take', 'lengths are wanted', '_to_copy', '[True, True')), found.value
 
 
 def test_pictures_in_batches_are_answered_as_those_of_one():
@@ -179,3 +186,13 @@ def test_pictures_in_batches_are_answered_as_those_of_one():
 def test_a_device_that_cannot_compute_is_told_before_the_first_study():
     with pytest.raises((RuntimeError, NotImplementedError)): load_members([], 'meta')
     assert load_members([], 'cpu') == []
+
+
+@pytest.mark.parametrize('gpus', [1, 2, 3])
+def test_workers_that_share_a_gpu_of_a_cluster_fit_on_it(gpus):
+    "Ray counts in ten thousandths; a share that is rounded up would leave the last worker without a place."
+    ray = SimpleNamespace(cluster_resources=lambda: dict(CPU=16., GPU=float(gpus)))
+    for workers in range(1, 17):
+        count, room = shares(ray, workers, 1, True)
+        assert count == workers and 0 < round(1e4 * room['num_gpus']) * math.ceil(workers / gpus) <= 1e4
+    assert shares(ray, 0, 2, False) == (8, dict(num_cpus=2, num_gpus=0))
