@@ -2,7 +2,7 @@
 
 How many images a study a stage trains on was counted in a run of the demo on phantom studies; the number of studies is that of the RSNA 2024 training set. Operations are counted by torch on one forward pass; a training step counts as three.
 Memory is what autograd keeps for one image, measured on the CPU in float32 and halved for bf16 (but for YOLO, which trains in float32), times the batch, with weights, gradients and the two moments of AdamW.
-`python -m benchmarks.costs` writes the table between the markers of docs/costs.md.
+`python -m benchmarks.costs` writes the tables between the markers of docs/costs.md, and what they come to, stage by stage, between those of README.md. Disk and main memory there are the arithmetic of docs/gpu-and-memory.md.
 """
 import argparse
 import sys
@@ -70,33 +70,76 @@ def features(preset: str) -> tuple:
     return SliceEncoder(e['backbone']), e['size_px'], CROPS['bilateral' if g.get('model') == 'bilateral' else 'mscan'] * (1 + g.get('views', 0))
 
 
-def table(preset: str) -> list:
-    "Lines of a Markdown table."
-    lines, total = [f'| {preset} | images | epochs | GFLOP an image | PFLOP | ' + ' | '.join(f'h, {d}' for d in SUSTAINED) + ' | GPU MiB |', '|---' * (6 + len(SUSTAINED)) + '|'], 0.
-    def line(name, images, epochs, flops, work, mib):
-        return f'| {name} | {images:,.0f} | {epochs} | {flops / 1e9:.2f} | {work / 1e15:.1f} | ' + ' | '.join(f'{work / rate / 3600:.2f}' for rate in SUSTAINED.values()) + f' | {mib} |'
+def costs(preset: str) -> list:
+    "(stage and network, images, epochs, operations an image, operations in all, MiB of a training step or None) of all that a preset trains, and of the features of stage three."
+    rows = []
     for name, net, channels, size_px, per_study, epochs, batch in stages(preset):
         flops, kept = counted(net, channels, size_px)
         held = batch * kept / (1 if name.startswith('40_levels') else 2)
         weights, images = sum(p.numel() for p in net.parameters()), STUDIES * per_study
-        work = 3 * flops * images * epochs
-        lines.append(line(name, images, epochs, flops, work, f'{(held + 16 * weights) / 2**20:,.0f}'))
-        total += work
+        rows.append((name, images, epochs, flops, 3 * flops * images * epochs, (held + 16 * weights) / 2**20))
     net, size_px, per_study = features(preset)
-    flops, work = counted(net, 1, size_px)[0], counted(net, 1, size_px)[0] * STUDIES * per_study
-    return [*lines, line('42_grading: features', STUDIES * per_study, 1, flops, work, ''), line('**together**', 0, '', 0, total + work, '').replace('| 0 |  | 0.00 |', '| | | |')]
+    flops = counted(net, 1, size_px)[0]
+    return [*rows, ('42_grading: features', STUDIES * per_study, 1, flops, flops * STUDIES * per_study, None)]
+
+
+def hours(work: float) -> list:
+    "What each device needs."
+    return [f'{work / rate / 3600:.2f}' for rate in SUSTAINED.values()]
+
+
+def table(preset: str, rows: list) -> list:
+    "Lines of a Markdown table."
+    lines = [f'| {preset} | images | epochs | GFLOP an image | PFLOP | ' + ' | '.join(f'h, {d}' for d in SUSTAINED) + ' | GPU MiB |', '|---' * (6 + len(SUSTAINED)) + '|']
+    for name, images, epochs, flops, work, mib in rows:
+        lines.append(f'| {name} | {images:,.0f} | {epochs} | {flops / 1e9:.2f} | {work / 1e15:.1f} | ' + ' | '.join(hours(work)) + f" | {'' if mib is None else f'{mib:,.0f}'} |")
+    total = sum(r[4] for r in rows)
+    return [*lines, f'| **together** | | | | {total / 1e15:.1f} | ' + ' | '.join(hours(total)) + ' |  |']
+
+
+SLICES, CACHED_PX = 147218, (320, 640)      # of the training set; sides between which most slices lie
+CROPS_A_STUDY, BORDER = 30, 1.35            # crops that stage 30 keeps of a study, and how much wider than the encoder's picture
+NUMBERS = 512                               # of a crop, float32
+
+
+def room(preset: str) -> dict:
+    "stage -> (GB on disk, GB of main memory) for the training set, where they are counted."
+    given = yaml.safe_load((Path(mscan.__file__).parent / 'presets' / f'{preset}.yaml').read_text())
+    crops = STUDIES * CROPS_A_STUDY * (BORDER * given['30_crops']['size_px']) ** 2 / 1e9
+    cache, kept = [SLICES * px ** 2 / 1e9 for px in CACHED_PX], STUDIES * features(preset)[2] * NUMBERS * 4 / 1e9
+    return {'10_prepare': (f'{cache[0]:.0f} to {cache[1]:.0f}', ''), '30_crops': (f'{crops:.1f}', f'{2 * crops:.0f}'), '31_encoders': ('', f'{crops / 2:.1f}'), '42_grading': (f'{kept:.1f}', '')}
+
+
+def by_stage(rows: dict) -> list:
+    "Lines of README's table: what the presets of `rows` cost, stage by stage."
+    devices = ' / '.join(d.split()[0] for d in SUSTAINED)
+    lines = ['| stage | ' + ' | '.join(f'`{p}`: h on {devices} | GPU, GB | disk, GB | memory, GB' for p in rows) + ' |', '|---' * (1 + 4 * len(rows)) + '|']
+    rooms = {p: room(p) for p in rows}
+    for stage in sorted({'10_prepare', *(r[0].split(':')[0] for rs in rows.values() for r in rs)}):
+        cells = []
+        for p, rs in rows.items():
+            mine = [r for r in rs if r[0].startswith(stage)]
+            most = max((r[5] or 0 for r in mine), default=0)
+            cells += [' / '.join(hours(sum(r[4] for r in mine))) if mine else '', f'{most * 2**20 / 1e9:.1f}' if most else '', *rooms[p].get(stage, ('', ''))]
+        lines.append(f'| `{stage}` | ' + ' | '.join(cells) + ' |')
+    return [*lines, '| together | ' + ' | '.join(f"{' / '.join(hours(sum(r[4] for r in rs)))} | | | " for rs in rows.values()) + '|']
+
+
+def written(page: Path, lines: list):
+    "Lines between the markers of a page."
+    before, rest = page.read_text(encoding='utf-8').split(MARKS[0])
+    page.write_text(before + '\n'.join([MARKS[0], *lines, MARKS[1]]) + rest.split(MARKS[1])[1], encoding='utf-8')
 
 
 def main(argv=None) -> int:
     p = argparse.ArgumentParser(prog='python -m benchmarks.costs', description='What would a preset cost on the real data set?')
     p.add_argument('--presets', default='paper,rsna')
-    p.add_argument('--page', type=Path, default=ROOT / 'docs' / 'costs.md')
     args = p.parse_args(argv)
-    text = '\n\n'.join('\n'.join(table(preset)) for preset in args.presets.split(','))
-    page = args.page.read_text()
-    before, rest = page.split(MARKS[0])
-    args.page.write_text(f'{before}{MARKS[0]}\n{text}\n{MARKS[1]}{rest.split(MARKS[1])[1]}')
-    print(text)
+    rows = {preset: costs(preset) for preset in args.presets.split(',')}
+    tables = [line for preset, r in rows.items() for line in ('', *table(preset, r))][1:]
+    written(ROOT / 'docs' / 'costs.md', tables)
+    written(ROOT / 'README.md', by_stage(rows))
+    print('\n'.join([*tables, '', *by_stage(rows)]))
     return 0
 
 

@@ -82,7 +82,7 @@ def prose(
     lines = [l for l in source.split('\n') if not l.startswith('#')]
     return re.sub(r'\*\*|`|\[([^\]]*)\]\([^)]*\)', lambda m: m[1] or '', '\n'.join(lines)).strip()
 
-# %% ../nbs/081_executed.ipynb #498b89a1
+# %% ../nbs/081_executed.ipynb #ba30d4ce
 HISTORY_PLOT = re.compile(r'histor\w*(\[.*?\])?\.plot\(')   # a cell that draws a history: the page draws all of them, from the table
 
 
@@ -103,7 +103,8 @@ def read_executed(
     for i, c in enumerate(cells):
         pieces = [p for o in c.get('outputs', []) for p in output_pieces(o)]
         found.error = found.error or next((what for kind, what in pieces if kind == 'error'), '')
-        if i <= start or 'injected-parameters' in tags(c): continue
+        if i <= start or 'injected-parameters' in tags(c) or 'papermill-error-cell-tag' in tags(c): continue
         if c['cell_type'] == 'markdown' and prose(text(c)): found.pieces.append(('prose', prose(text(c))))
         found.pieces += [p for p in pieces if curves or p[0] != 'picture' or not HISTORY_PLOT.search(text(c))]
+        if found.error: break                                                  # nothing behind it has run: its prose would speak of figures that are not there
     return found

@@ -75,7 +75,7 @@ def crops_html(
     rows = crop_figures(o.found, level, strongest(o.found.cams)) if o.found is not None and o.found.shown is not None else []
     return ft('div', ft('h3', 'Here: the square round the cross'), ft('div', *here, cls='row'), *([ft('h3', f'{csv_level(level)}: what the run has cropped, and where "Moderate or worse" would change')] if rows else []), *[ft('div', *r, cls='row crops') for r in rows])
 
-# %% ../nbs/70_explore.ipynb #0fc914b0
+# %% ../nbs/70_explore.ipynb #0445253e
 def nearest_level(xyz_mm, places: pd.DataFrame) -> str:
     "The level of the nearest place that has a name; without any the first level."
     away = np.linalg.norm(places[XYZ].to_numpy(float).reshape(-1, 3) - xyz_mm, axis=1)
@@ -86,7 +86,7 @@ def where_text(xyz_mm, places: pd.DataFrame) -> str:
     "Where a place is, in millimetres and by name."
     if not np.isfinite(xyz_mm).all(): return 'This study has no slice that can be shown.'
     words = (('to the left', 'to the right'), ('back', 'front'), ('up', 'down'))
-    text = ', '.join(f'{a} {v:.1f} mm ({w[0] if v >= 0 else w[1]})' for a, v, w in zip('xyz', xyz_mm, words, strict=True))
+    text = ', '.join(f'{a} {v:.1f} mm ({w[0] if v >= 0 else w[1]})' for a, v, w in zip('xyz', np.round(xyz_mm, 1) + 0., words, strict=True))   # + 0: no -0.0
     away = np.linalg.norm(places[XYZ].to_numpy(float).reshape(-1, 3) - xyz_mm, axis=1)
     if not len(away): return f'{text}, from the origin of the scanner'
     r = places.iloc[int(away.argmin())]
@@ -149,7 +149,7 @@ def _draw(panel: Panel, other, places, located=None):
     "The picture; `other`: what the other panel shows."
     panel.picture.value = to_xml(ft('div', slice_panel(panel.look, other, places, located) if panel.look else ft('p', 'This study has no such series.'), cls='mscan'))
 
-# %% ../nbs/70_explore.ipynb #4b5d1f48
+# %% ../nbs/70_explore.ipynb #24ee15a9
 class Pair:
     "Two panels and the one place that both show."
     def __init__(self, moved):   # called after each move
@@ -171,7 +171,7 @@ class Pair:
         panels = (self.sagittal, self.axial)
         for p in panels: _follow(p, self.xyz)
         for p, other in zip(panels, panels[::-1], strict=True): _draw(p, other.look, self.places, self.located)
-        self.where.value = to_xml(ft('div', ft('p', where_text(self.xyz, self.places), cls='small'), cls='mscan'))
+        self.where.value = to_xml(ft('div', ft('div', where_text(self.xyz, self.places), cls='small'), cls='mscan'))
         self.moved()
 
     def middle(self):

@@ -15,7 +15,7 @@ from .geometry import Plane, crossing_line, plane_of
 from .rsna import GRADES, LEVELS, csv_level
 from .thumbnails import data_uri
 
-# %% ../nbs/660_figures.ipynb #dc06169e
+# %% ../nbs/660_figures.ipynb #00e5861e
 LEVEL_COLOURS = dict(zip(LEVELS, ('#56b4e9', '#2fd6a0', '#f0e442', '#ff9f1c', '#ff6f61'), strict=True))   # told apart on black, with any colour vision; never the only sign
 MAX_PX = 512   # longer side of a slice as it is shown
 
@@ -43,12 +43,13 @@ def slice_svg(
     picture = ft('image', href=data_uri(small, quality), x=0, y=0, width=f'{width:.2f}', height=f'{height:.2f}', preserveAspectRatio='none')
     return ft('svg', ft('title', title), picture, *marks, viewBox=f'0 0 {width:.2f} {height:.2f}', role='img', cls='slice', style=f'aspect-ratio:{width:.1f}/{height:.1f}')
 
-
+# %% ../nbs/660_figures.ipynb #df5af7a1
 def point_mark(xy, colour: str, label: str='', hollow: bool=False, radius: float=2., font: float=7.):   # mm
     "A dot, or a ring where the point lies on another slice, with a word beside it."
-    dot = ft('circle', cx=f'{xy[0]:.2f}', cy=f'{xy[1]:.2f}', r=radius, fill='none' if hollow else colour, stroke=colour if hollow else '#000', stroke_width=.6)
+    circle = lambda **how: ft('circle', cx=f'{xy[0]:.2f}', cy=f'{xy[1]:.2f}', r=radius, **how)
+    dot = [circle(fill='none', stroke='#000', stroke_width=1.5), circle(fill='none', stroke=colour, stroke_width=.7)] if hollow else [circle(fill=colour, stroke='#000', stroke_width=.6)]   # a rim, on bright tissue
     word = [ft('text', label, x=f'{xy[0] + 2 * radius:.2f}', y=f'{xy[1] + .3 * font:.2f}', fill=colour, stroke='#000', stroke_width=.2 * font, style='paint-order:stroke', font_size=font)] if label else []
-    return ft('g', dot, *word)
+    return ft('g', *dot, *word)
 
 
 def line_mark(ends, colour: str, label: str='', width: float=.7):

@@ -7,7 +7,7 @@ __all__ = ['RESEARCH', 'POLICY', 'STYLE', 'ACROSS', 'NAMES', 'RULE', 'page', 'na
            'key_line', 'review_list', 'spine_section', 'axial_figure', 'strongest', 'crop_figures', 'level_section',
            'attention_section', 'quality_section', 'rows_table', 'study_page', 'index_page']
 
-# %% ../nbs/665_htmlpage.ipynb #98780961
+# %% ../nbs/665_htmlpage.ipynb #c11e7b5e
 import numpy as np
 import pandas as pd
 from fastcore.xml import NotStr, ft, to_xml
@@ -16,10 +16,11 @@ from .bilateral import ROLES
 from .crops import AXIAL_MM, SAGITTAL_MM
 from .figures import GRADE_COLOURS, LEVEL_COLOURS, bar_svg, crop_figure, drawn_mm, point_mark, sagittal_svg, slice_svg, square_mark, weights_table
 from .metrics import RISKS
+from .pageparts import counted
 from .review import SCATTER, UNSURE, VIEW_GAP
 from .rsna import CONDITIONS, GRADES, LEVELS, PROBS, csv_level
 
-# %% ../nbs/665_htmlpage.ipynb #183fbae4
+# %% ../nbs/665_htmlpage.ipynb #a10c75b2
 RESEARCH = 'For research, not for diagnosis.'
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 STYLE = '''
@@ -33,7 +34,8 @@ table{border-collapse:collapse;margin:8px 0}th,td{border:1px solid #c5ccd3;paddi
 .row{display:flex;flex-wrap:wrap;gap:12px;align-items:flex-start}figure{margin:0}.slice{display:block;width:100%;background:#000}.spine figure{width:460px}.axial figure{width:238px}
 .crops{margin-bottom:10px}.crop{background:#f3f5f7;padding:5px}.pair{display:flex;gap:3px}.pair img,.absent{width:118px;height:118px}.crop figcaption{max-width:239px}.absent{display:flex;align-items:center;justify-content:center;background:#dfe3e7;color:#55606b}
 .level{break-inside:avoid}.level h2{border-bottom-width:4px}.weights td,.weights th{padding:3px 6px;text-align:right;font-size:13px}.rows td,.rows th{font-size:12px;padding:2px 5px}.num{text-align:right;white-space:nowrap}
-a{color:#0b4f8a}@media print{body{max-width:none;padding:0;font-size:11.5px}*{print-color-adjust:exact;-webkit-print-color-adjust:exact}tr,figure,.answers,.weights{break-inside:avoid}h2,h3{break-after:avoid}.spine figure{width:320px}.axial figure{width:170px}.row{gap:8px}.pair img,.absent{width:76px;height:76px}.crop figcaption{max-width:155px}}
+a{color:#0b4f8a}@media screen and (max-width:760px){table{display:block;overflow-x:auto;max-width:100%}.grades td{min-width:108px}}
+@media print{body{max-width:none;padding:0;font-size:11.5px}*{print-color-adjust:exact;-webkit-print-color-adjust:exact}tr,figure,.answers,.weights,section:has(.weights),section:has(.rows){break-inside:avoid}.rows td,.rows th{font-size:8.5px}h2,h3{break-after:avoid}.spine figure{width:320px}.axial figure{width:170px}.row{gap:8px}.pair img,.absent{width:76px;height:76px}.crop figcaption{max-width:155px}}
 @page{size:A4;margin:12mm}
 '''
 
@@ -214,7 +216,7 @@ def rows_table(rows: pd.DataFrame):
 RULE = (f'An answer is marked for review when (1) its most probable grade has less than {UNSURE:.0%}; (2) one network or axial pass alone lies more than {SCATTER:.0%} from the mean of all; (3) canal: sagittal alone and axial alone lie more than {VIEW_GAP:.0%} apart and name another grade '
         '(asked only of models trained with hidden views); (4) something speaks against the place of its level; or (5) the model grades this condition, but here the answer comes from elsewhere (a fallback; its source says from where). A mark is a request to look, not a finding; an answer without a mark may be wrong.')
 
-# %% ../nbs/665_htmlpage.ipynb #73ed3130
+# %% ../nbs/665_htmlpage.ipynb #d26e7453
 def study_page(
     found,          # of `mscan.report.examine`
 ) -> str:
@@ -247,5 +249,5 @@ def index_page(
         fallen = int((t.condition.isin(conditions) & (t['source'] != 'model')).sum())
         return ft('tr', ft('td', ft('a', s, href=files[s])), *cells, ft('td', str(int(t.review.sum())), cls='num'), ft('td', str(fallen), cls='num'), ft('td', '; '.join(reasons[s]), cls='small'))
     body = [line(s, t) for s, t in rows.groupby('study_id', sort=False)]
-    return page(f'{run}: {len(body)} studies', ft('h1', f'{run}: {len(body)} studies'), ft('div', RESEARCH + ' Not a medical device.', cls='research'), ft('p', f'{int(rows.review.sum())} of {len(rows)} answers are marked for review. The worst answer of each kind, by its chances:'),
+    return page(title := f"{run}: {counted(len(body), 'study')}", ft('h1', title), ft('div', RESEARCH + ' Not a medical device.', cls='research'), ft('p', f'{int(rows.review.sum())} of {len(rows)} answers are marked for review. The worst answer of each kind, by its chances:'),
                 ft('table', ft('tr', *[ft('th', w) for w in ('study', *kinds, 'for review', 'fallbacks', 'quality')]), *body, cls='index'), key_line(), ft('p', RULE, cls='small'))

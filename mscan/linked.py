@@ -76,7 +76,7 @@ def cross_mark(xy, there: bool=True, unit: float=1.):
     ends = [((x - arm, y), (x - gap, y)), ((x + gap, y), (x + arm, y)), ((x, y - arm), (x, y - gap)), ((x, y + gap), (x, y + arm))]
     return ft('g', *[ft('line', x1=f'{a[0]:.2f}', y1=f'{a[1]:.2f}', x2=f'{b[0]:.2f}', y2=f'{b[1]:.2f}', stroke=CROSS, stroke_width=f'{1.2 * unit:.2f}') for a, b in ends], opacity=1 if there else .4)
 
-# %% ../nbs/680_linked.ipynb #ba918fff
+# %% ../nbs/680_linked.ipynb #ca535afe
 def crop_squares(located, look: SimpleNamespace) -> list:
     "The squares that a run has cropped from a slice: (pixel, side in mm, level)."
     if located is None or located.boxes is None: return []
@@ -101,11 +101,11 @@ def slice_panel(
     xyz = places[XYZ].to_numpy(float).reshape(-1, 3)
     near = places[(np.abs(plane.distance(xyz)) <= NEAR_MM) & contains(plane, xyz)]
     unit, named = max(height, width) / 300, set(near[['condition', 'level']][near.kind != 'found'].itertuples(index=False, name=None))   # sizes that are the same on the screen
+    marks.append(cross_mark(drawn_mm(look.xy_px, spacing), look.inside, unit))   # below the names, or it would strike them out
     for r in near.itertuples():
         word = '' if r.kind == 'found' and (r.condition, r.level) in named else short_name(r.condition, r.level)     # a label has said it
         if series.view == 'axial_t2' and word[-2:] in (' R', ' L'): word = word[-1]                                  # one level, three names within 20 mm
         marks.append(point_mark(drawn_mm(plane.to_pixel((r.x_mm, r.y_mm, r.z_mm)), spacing), LEVEL_COLOURS[r.level], word, r.kind == 'found', 1.8 * unit, 6.5 * unit))
-    marks.append(cross_mark(drawn_mm(look.xy_px, spacing), look.inside, unit))
     letter = lambda word, x: ft('text', word, x=x, y=f'{height / 2:.1f}', fill='#fff', font_size=8 * unit, text_anchor='middle')
     marks += [letter(w, f'{x:.1f}') for w, x in zip('RL' if series.view == 'axial_t2' else 'AP', (6 * unit, width - 6 * unit), strict=True)]
     away = f'the place lies {abs(look.away_mm):.1f} mm off this slice' if look.inside else f'no slice of this series shows the place; the nearest is {abs(look.away_mm):.1f} mm away'

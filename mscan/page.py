@@ -14,7 +14,7 @@ from html import escape
 from .flags import PLACE, SEVERITIES
 from .thumbnails import SIDE, drawn
 
-# %% ../nbs/112_page.ipynb #550f5c02
+# %% ../nbs/112_page.ipynb #8b175eb0
 STYLE = '''
 :root{--ungraded:#a3123a;--leftout:#b35900;--look:#7a6100;--info:#44546a;--fine:#1b6e3c}
 *{box-sizing:border-box}body{font:15px/1.45 system-ui,sans-serif;color:#1c2430;background:#f4f6f8;margin:0 auto;max-width:1440px;padding:16px}
@@ -34,7 +34,7 @@ article{display:grid;grid-template-columns:minmax(0,4fr) minmax(0,5fr) auto;gap:
 article:target{outline:3px solid #0b57a4}article>header{grid-column:1/-1;display:flex;gap:10px;align-items:baseline;flex-wrap:wrap}article h3{margin:0;font-size:1.05em;overflow-wrap:anywhere}
 ul.flags{list-style:none;margin:0;padding:0}ul.flags li{border-left:3px solid var(--c);padding-left:7px;margin:3px 0;overflow-wrap:anywhere}ul.flags b{color:var(--c);font-weight:600}
 .out td{color:#5a6675}.series td{overflow-wrap:anywhere}.series .id{min-width:11ch}.series td:first-child{white-space:nowrap}.series small{display:block}.pics{display:flex;gap:6px;align-items:flex-start}figure{margin:0;text-align:center;font-size:.8em;min-width:150px}.absent{height:150px;border:2px dashed var(--ungraded);color:var(--ungraded);display:grid;place-content:center;padding:6px;font-weight:600}
-svg{height:150px;width:auto;display:block;margin:auto;background:#000;cursor:zoom-in}svg.big{height:420px;cursor:zoom-out}
+svg{height:150px;width:auto;display:block;margin:auto;background:#000;cursor:zoom-in}svg.big{height:420px;cursor:zoom-out}.pics:has(.big){grid-column:1/-1;flex-wrap:wrap}
 .inner,.ends{fill:none;stroke-width:.6;stroke-opacity:.45}.ends{stroke-width:1.5;stroke-opacity:1}.shown{fill:none;stroke:#fff;stroke-width:1.6;stroke-dasharray:5 3}text{fill:#fff;font:bold 12px sans-serif}
 [hidden]{display:none!important}footer{margin:16px 0;color:#5a6675}
 @media(max-width:1150px){article{grid-template-columns:1fr 1fr}.pics{grid-column:1/-1;flex-wrap:wrap}}

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 from fastcore.xml import NotStr, ft, to_xml
 
-# %% ../nbs/082_pageparts.ipynb #0fceb89f
+# %% ../nbs/082_pageparts.ipynb #bbda06a1
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 STYLE = '''
 :root{color-scheme:light dark;--ink:#16202a;--dim:#556270;--paper:#fff;--panel:#f3f5f7;--line:#ccd4dc;--link:#0b57a4;--train:#6d7a88;--choose:#c2560c;--bar:#7ea6cf;--bad:#a3123a;--good:#1b6e3c}
@@ -29,7 +29,7 @@ th,td{border:1px solid var(--line);padding:3px 8px;text-align:left;vertical-alig
 .grid{stroke:var(--line);stroke-width:1}.axis{fill:var(--dim);font-size:10.5px}.train{stroke:var(--train)}.choose{stroke:var(--choose)}.line{fill:none;stroke-width:2}.kept{fill:var(--choose);stroke:var(--paper);stroke-width:1.5}.kept.train{fill:var(--train)}
 .key{display:inline-block;width:22px;border-top:3px solid;vertical-align:4px;margin:0 5px 0 12px}.key.train{border-color:var(--train)}.key.choose{border-color:var(--choose)}
 pre{background:var(--panel);padding:8px 10px;overflow-x:auto;font-size:12.5px;margin:6px 0}details{margin:8px 0}summary{cursor:pointer;color:var(--link)}
-@media print{body{max-width:none;padding:0;font-size:11.5px}table{font-size:9px}th,td{padding:2px 4px}td:first-child{min-width:0}*{print-color-adjust:exact}figure,tr{break-inside:avoid}h2,h3{break-after:avoid}}@page{size:A4;margin:12mm}
+@media print{body{max-width:none;padding:0;font-size:11.5px}table{font-size:8px}th,td{padding:2px 3px}td:first-child{min-width:0}td.n{white-space:normal}.wide{overflow:visible}pre{font-size:8px;white-space:pre-wrap}.small,figcaption,caption,small{font-size:10px}*{print-color-adjust:exact}figure,tr{break-inside:avoid}h2,h3{break-after:avoid}}@page{size:A4;margin:12mm}
 '''
 
 
@@ -84,14 +84,14 @@ def facts(
     return out
 
 
-# %% ../nbs/082_pageparts.ipynb #5c608097
+# %% ../nbs/082_pageparts.ipynb #477c9106
 def table(
     rows: list,       # of lists of texts or elements
     head=(), caption: str='',
     numbers=(),       # columns that hold numbers
 ):
     "A table that scrolls by itself where it is wider than the page."
-    cell = lambda v, k: ft('td', v, cls='n' if k in numbers else '')
+    cell = lambda v, k: ft('td', v, cls='n' if k in numbers and not (isinstance(v, str) and len(v) > 60) else '')     # a sentence among numbers may wrap
     parts = ([ft('caption', caption)] if caption else []) + ([ft('tr', *[ft('th', h, scope='col') for h in head])] if head else [])
     return ft('div', ft('table', *parts, *[ft('tr', *[cell(v, k) for k, v in enumerate(row)]) for row in rows]), cls='wide')
 

@@ -6,7 +6,7 @@
 __all__ = ['SHOWN_PX', 'COLUMNS', 'ask', 'show', 'examine', 'open_run', 'examined', 'write_report', 'mscan_report', 'misplaced',
            'write_review', 'mscan_review']
 
-# %% ../nbs/66_report.ipynb #0059d5bb
+# %% ../nbs/66_report.ipynb #f4dd8283
 import sys
 from functools import cache, partial
 from pathlib import Path
@@ -24,6 +24,7 @@ from .folders import find_studies
 from .grading import crop_features, locate, located_crops
 from .htmlpage import index_page, study_page
 from .levels import AGREE_MM
+from .pageparts import counted
 from .prepare import sentence
 from .review import answer_signals, found_line, lost_levels, mark, review_lines, review_table, signal_rows
 from .rsna import CONDITIONS, TableError, read_train
@@ -98,7 +99,7 @@ def examined(
         read = cache(partial(read_grey, f, descriptions))
         yield examine(predict_found(f, descriptions, members, read=read), read, members, pictures)
 
-# %% ../nbs/66_report.ipynb #ed032479
+# %% ../nbs/66_report.ipynb #5184eb76
 COLUMNS = ['study_id', 'condition', 'level', 'normal_mild', 'moderate', 'severe', 'risk_normal_mild', 'risk_moderate', 'risk_severe', 'source', 'slices', 'sure', 'scatter', 'view_gap', 'lost', 'review', 'why', 'reason']
 
 
@@ -131,7 +132,7 @@ def mscan_report(
     "Write a page a study that a radiologist can read, and an index. For research, not for diagnosis."
     try: rows = write_report(*(Path(p).absolute() for p in (run_dir, data_dir, out)), study, device)
     except (ValueError, RuntimeError, OSError) as e: sentence(e)
-    print(f"{rows.study_id.nunique()} studies, {int(rows.review.sum())} of {len(rows)} answers marked for review: {Path(out) / 'index.html'}")
+    print(f"{counted(rows.study_id.nunique(), 'study')}, {int(rows.review.sum())} of {len(rows)} answers marked for review: {Path(out) / 'index.html'}")
 
 # %% ../nbs/66_report.ipynb #df82f5f9
 def misplaced(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['stage_state', 'history_of', 'read_stages', 'score_section', 'markdown_tables', 'read_report', 'picture_uri',
            'results', 'bytes_of', 'costs', 'parameter_table', 'shown_piece', 'stage_section', 'environment_table',
-           'tiles', 'run_page', 'write_run_page', 'say_page', 'mscan_runreport']
+           'tiles', 'outdated', 'run_page', 'write_run_page', 'say_page', 'mscan_runreport']
 
 # %% ../nbs/083_runpage.ipynb #43101769
 import base64, json, re, sys
@@ -134,7 +134,7 @@ def costs(
     total = ['together', '', duration(sum(seconds)), f'{max(memory) / 1024:.2f} GiB at most', '', size(sum(map(bytes_of, stages))), '']
     return table([*(row(s, t, m) for s, t, m in zip(stages, seconds, memory, strict=True)), total], ('stage', 'state', 'time', 'peak memory of the process', 'of the GPU', 'products', 'finished (UTC)'))
 
-# %% ../nbs/083_runpage.ipynb #da203eef
+# %% ../nbs/083_runpage.ipynb #f0462e2d
 def parameter_table(stage: SimpleNamespace):
     "Parameters with their meaning; those that are not the notebook's default in bold, with it beside."
     known, rows = stage.account.parameters if stage.account else {}, []
@@ -155,7 +155,7 @@ def shown_piece(kind: str, what):
 def stage_section(stage: SimpleNamespace, run_dir: Path):
     "All about one stage."
     history, account, link = history_of(stage), stage.account, lambda p: ft('a', p.name, href=quote(p.relative_to(run_dir).as_posix()))
-    state = ft('p', 'This stage is ', ft('span', stage.state, cls=stage.state.split()[0]), '.', *([' It ended with: ', ft('code', account.error)] if account and account.error else [])) if stage.state != 'finished' else ''
+    state = ft('p', 'State: ', ft('span', stage.state, cls=stage.state.split()[0]), '.', *([' It ended with: ', ft('code', account.error)] if account and account.error else [])) if stage.state != 'finished' else ''
     metrics = facts(stage.record.get('metrics', {}))
     key = ft('p', ft('span', '', cls='key train'), 'training', ft('span', '', cls='key choose'), 'validation; the dot: lowest, its weights are kept', cls='small')
     files = [[ft('a', p['path'], href=quote(f"{stage.name}/{p['path']}")), size(p.get('bytes') or 0), str(p.get('sha256', ''))[:12]] for p in stage.record.get('products', {}).values()]
@@ -167,7 +167,7 @@ def stage_section(stage: SimpleNamespace, run_dir: Path):
               *([more(counted(len(metrics), 'measured figure'), table(metrics, ('figure', 'value'), numbers=(1,)))] if metrics else []),
               *([more(counted(len(files), 'file'), table(files, ('file', 'size', 'sha256'), numbers=(1,)))] if files else []), *([ft('p', 'executed notebook: ', link(stage.notebook), cls='small')] if stage.notebook else []), id=stage.name)
 
-# %% ../nbs/083_runpage.ipynb #3bcfbfab
+# %% ../nbs/083_runpage.ipynb #bd1089ae
 def environment_table(stages: list):
     "Versions, devices, code; where stages differ, all that there were."
     seen = {}
@@ -193,7 +193,16 @@ def tiles(run_dir: Path, stages: list):
     return ft('div', *out, cls='tiles')
 
 
-# %% ../nbs/083_runpage.ipynb #98310770
+def outdated(
+    stages: list,   # of `read_stages`
+) -> str:           # '' where all is of one piece
+    "What to say where a stage has failed or stopped since stages behind it were finished."
+    broken = next((s for s in stages if s.state not in ('finished', 'not run')), None)
+    behind = [s.name for s in stages if broken and s.state == 'finished' and s.name > broken.name]
+    return f"{broken.name}: {broken.state}. Scores and figures on this page, and {', '.join(behind)}, are from before that." if behind else ''
+
+
+# %% ../nbs/083_runpage.ipynb #7de8c0b4
 def run_page(
     run_dir,
 ) -> str:   # HTML
@@ -208,7 +217,7 @@ def run_page(
     where = [ft('a', f'{s}/{n}', href=quote(f'{s}/{n}')) for s, n in (('60_submission', 'submission.csv'), ('60_submission', 'provenance.csv'), ('50_evaluate', 'report.json'), ('10_prepare', 'quality.json')) if (run_dir/s/n).is_file()]
     pictures = any(kind == 'picture' for s in told if s.account for kind, _ in s.account.pieces)
     links = [ft('a', words, href=f'#{place}') for place, words in [('results', 'results'), ('costs', 'time and memory'), *((s.name, s.name) for s in told), ('environment', 'environment')]]
-    return page(f'Run {run_dir.name}', ft('h1', f'Run {run_dir.name}'), ft('p', '; '.join([*when, *code, *data]), cls='small'), ft('div', 'For research, not for diagnosis.', cls='research'), tiles(run_dir, stages), ft('nav', *links),
+    return page(f'Run {run_dir.name}', ft('h1', f'Run {run_dir.name}'), ft('p', '; '.join([*when, *code, *data]), cls='small'), ft('div', 'For research, not for diagnosis.', cls='research'), tiles(run_dir, stages), *([ft('p', old, cls='bad')] if (old := outdated(stages)) else []), ft('nav', *links),
                 *([ft('p', 'Where the answers are: ', *[x for w in where for x in (w, ' ')])] if where else []), *([] if pictures else [ft('p', 'The executed notebooks hold no figures: they were run where matplotlib draws none (MPLBACKEND is set).', cls='small')]),
                 ft('section', ft('h2', 'Results'), *results(run_dir, stages), id='results'), ft('section', ft('h2', 'Time, memory, disk'), costs(stages), id='costs'),
                 *[stage_section(s, run_dir) for s in told], ft('section', ft('h2', 'Environment'), environment_table(stages), ft('p', 'A commit with + : the code had changes that were not committed.', cls='small'), id='environment'))

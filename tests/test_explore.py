@@ -14,10 +14,10 @@ from fastcore.xml import to_xml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mscan.explore import TABS, Desk, answers_table, changes_table, explore
+from mscan.explore import TABS, Desk, answers_table, changes_table, explore, where_text
 from mscan.folders import find_studies
 from mscan.geometry import contains, plane_of
-from mscan.linked import XYZ, linked, place_on, places_of
+from mscan.linked import CROSS, XYZ, linked, place_on, places_of
 from mscan.mirror import restored
 from mscan.prepare import read_tables
 from mscan.rsna import PROBS, TableError, read_submission
@@ -249,6 +249,16 @@ def test_going_to_a_named_place_goes_there(explorer):
         assert np.array_equal(desk.pair.xyz, named.loc[k, XYZ].to_numpy(float))
         together(desk.pair)
         assert ' 0.0 mm away' in desk.pair.where.value
+
+
+def test_nothing_lies_at_minus_zero(explorer):
+    none = places_of(explorer.open(explorer.studies[0]).marks.iloc[:0], 'label')
+    assert where_text(np.array([-.04, 3, -7]), none).startswith('x 0.0 mm (to the left), y 3.0 mm (back), z -7.0 mm (down)')
+
+
+def test_names_lie_above_the_cross(explorer):
+    picture = Desk(explorer).pair.sagittal.picture.value
+    assert picture.rindex(CROSS) < picture.index('>L4/L5</text>')
 
 
 def test_each_study_and_each_page_can_be_shown(explorer):

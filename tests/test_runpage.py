@@ -14,7 +14,7 @@ from test_runs import SOURCES, cli, go
 
 from mscan import runpage
 from mscan.executed import explained, output_pieces, table_cells
-from mscan.pageparts import OWN, curves, number
+from mscan.pageparts import OWN, curves, number, table
 from mscan.runpage import history_of, read_stages, run_page, stage_state, write_run_page
 from mscan.runs import MANIFEST, STAGES, UNFINISHED, RunError, read_manifest
 
@@ -57,6 +57,9 @@ def test_a_failed_stage_is_told_and_the_run_ends_as_it_did(place):
     assert stages['10_prepare'].state == 'finished' and stages['20_keypoints'].state == 'failed' and stages['30_crops'].state == 'not run'
     assert 'ended with: ValueError: 10 is too often' in Seen(page_of(place / 'run')).text
     assert cli(place).returncode == 0 and 'too often' not in Seen(page_of(place / 'run')).text
+    cli(place, '-p', 'times', '10')
+    text = Seen(page_of(place / 'run')).text
+    assert '20_keypoints: failed. Scores and figures on this page, and 30_crops, are from before that.' in text and 'papermill' not in text
 
 
 @pytest.mark.parametrize('error', [MemoryError('x'), KeyError('x'), OSError('disk full'), RecursionError('x')])
@@ -136,6 +139,11 @@ def test_a_curve_for_each_training(tmp_path, history, trainings):
     (tmp_path / 'h.csv').write_text(history)
     shown = [to_xml(f) for f in curves(pd.read_csv(tmp_path / 'h.csv'))]
     assert len(shown) == len(trainings) and all(words in text for words, text in zip(trainings, shown, strict=True)) and 'nan' not in ''.join(shown)
+
+
+def test_a_sentence_among_numbers_may_wrap():
+    text = to_xml(table([['studies', '71'], ['notes', 'a word ' * 20]], numbers=(1,)))
+    assert text.count('class="n"') == 1 and re.search(r'class="n"[^>]*>71<', text)
 
 
 def test_the_account_of_a_notebook():
