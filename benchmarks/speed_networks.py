@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import yaml
-from torch.utils.data import DataLoader
 
 import mscan
 from mscan.crops import AxialPointNet, WindowSet, point_loss
@@ -19,7 +18,7 @@ from mscan.foramina import foramen_loss
 from mscan.keypoints import CanvasSet, KeypointNet, heat_maps
 from mscan.levels import LEVELS
 from mscan.recesses import RecessNet, RecessSet, recess_loss
-from mscan.training import fit, pick_device, pick_precision, seed_everything
+from mscan.training import fit, loaded, pick_device, pick_precision, seed_everything
 from mscan.yolo import best_boxes, build_yolo
 
 from ._common import Report, panels, parser
@@ -61,7 +60,8 @@ def per_second(work, images: int, device, seconds: float) -> float:
     for _ in range(2): work()
     wait(device)
     start, n = time.perf_counter(), 0
-    while time.perf_counter() - start < seconds: work(); n += 1; wait(device)
+    while time.perf_counter() - start < seconds: work(); n += 1
+    wait(device)                                    # once: `fit` does not wait for every step either
     return n * images / (time.perf_counter() - start)
 
 
@@ -79,7 +79,7 @@ def bare_training(net, loss, batch: dict, device, precision: str, seconds: float
 
 def train_share(net, loss, data, batch: int, device, precision: str, seconds: float, repeats: int) -> tuple:
     "Images a second through `fit` and bare, interleaved medians."
-    loader, rates = DataLoader(data, batch, shuffle=True, drop_last=True), []
+    loader, rates = loaded(data, batch, device, shuffle=True, drop_last=True), []
     for _ in range(repeats):
         table = fit(net, loss, loader, epochs=3, lr=1e-4, device=device, mixed_precision=precision, progress=False).table
         rates.append((table.items_per_second[1:].median(), bare_training(net, loss, next(iter(loader)), device, precision, seconds)))

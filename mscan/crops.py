@@ -59,7 +59,7 @@ def canal_midpoints(
         middles[level] = (series_id, xyz.mean(0))
     return middles
 
-# %% ../nbs/30_crops.ipynb #52769214
+# %% ../nbs/30_crops.ipynb #95e85ed6
 class AxialPointNet(WindowNet):
     "Offset of the canal's middle from the middle of a window, in half windows: (B, 1, size, size) -> (B, 2)."
 
@@ -67,7 +67,7 @@ class AxialPointNet(WindowNet):
 def point_loss(model, batch):
     "Smooth L1 between predicted and labelled offset, for `mscan.training.fit`."
     loss = nn.functional.smooth_l1_loss(model(batch['image']), batch['offset'], reduction='sum', beta=.05)
-    return loss, torch.tensor(float(len(batch['image'])), device=loss.device)
+    return loss, loss.new_full((), len(batch['image']))
 
 
 class WindowSet(Dataset):

@@ -87,7 +87,7 @@ class Seat:
         except ray.exceptions.RayError as e: return 'ended', Lost(f'its worker on Ray was lost ({type(e).__name__})')
         return kind, pickle.loads(answer) if kind == 'answer' else answer
 
-# %% ../nbs/006_engines.ipynb #04cf30c8
+# %% ../nbs/006_engines.ipynb #77e3255b
 def shares(
     ray, workers: int, threads: int, gpu: bool,
 ) -> tuple:   # workers, and what each of them asks for
@@ -95,7 +95,7 @@ def shares(
     have = ray.cluster_resources()
     if workers < 1: workers = max(1, int(have.get('CPU', 1)) // threads)
     gpus = int(have.get('GPU', 0)) if gpu else 0
-    return workers, dict(num_cpus=threads, num_gpus=1 / math.ceil(workers / gpus) if gpus else 0)
+    return workers, dict(num_cpus=threads, num_gpus=math.floor(1e4 / math.ceil(workers / gpus)) / 1e4 if gpus else 0)   # Ray rounds to so many digits, and six times .1667 is more than a GPU
 
 # %% ../nbs/006_engines.ipynb #1e0df2a6
 def scattered(

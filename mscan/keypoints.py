@@ -198,7 +198,7 @@ def best_chain(
     for b in reversed(back): chain.insert(0, int(b[chain[0]]))
     return np.array(chain), float(score.max() / len(masses))
 
-# %% ../nbs/20_keypoints.ipynb #779c5121
+# %% ../nbs/20_keypoints.ipynb #fd057651
 SHIFT_MARGIN = 1.   # mean log score a level by which the best chain must lead; measured on the phantom in the run part
 
 
@@ -207,11 +207,16 @@ def heat_maps(
     net: KeypointNet,
     images: np.ndarray,  # (n, size, size) uint8
     device='cpu',
+    batch: int=32,       # slices at a time: a volume of some hundred would not fit a GPU
 ):                       # (n, 5, size, size) probabilities, (n, 5) probability of "none"
     "Probabilities of every pixel and of none, for every slice."
-    x = torch.from_numpy(images[:, None]).to(device).float() / 255
-    if x.device.type == 'cpu': x = x.contiguous(memory_format=torch.channels_last)
-    p = net.eval()(x).float().softmax(-1).cpu().numpy()
+    net.eval()
+    parts = []
+    for k in range(0, len(images), batch):
+        x = torch.from_numpy(images[k:k + batch, None]).to(device).float() / 255
+        if x.device.type == 'cpu': x = x.contiguous(memory_format=torch.channels_last)
+        parts.append(net(x).float().softmax(-1).cpu().numpy())
+    p = np.concatenate(parts) if len(parts) > 1 else parts[0]
     return p[..., :-1].reshape(*p.shape[:2], *images.shape[1:]), p[..., -1]
 
 # %% ../nbs/20_keypoints.ipynb #1c107d8b

@@ -175,7 +175,7 @@ def predict_study(
         print(f'study {found.study_id} falls back: {failure(e)}', file=sys.stderr)
         return fallback_rows(found.study_id, [models], failure(e))
 
-# %% ../nbs/60_submission.ipynb #a7faae30
+# %% ../nbs/60_submission.ipynb #1d9f81c2
 def predict_found(
     found: Found, descriptions,
     members: list,       # of `load_models`, one for each run
@@ -205,14 +205,17 @@ def predict_all(
     "`predict_found` for one study after the other, of which the next is read while one is graded."
     for found, read in read_ahead(studies, descriptions, members, limits): yield predict_found(found, descriptions, members, strict, limits, read)
 
-
+# %% ../nbs/60_submission.ipynb #4b772e0c
 def load_members(
     manifests: list,     # of `run_manifests`
     device: str='auto',
 ) -> list:               # of `mscan.grading.load_models`, one for each run
-    "The networks of all runs. Raises RunError for a run of another version."
+    "The networks of all runs. Raises RunError for a run of another version, RuntimeError for a device that cannot compute."
+    import torch
     from mscan.training import pick_device
-    try: return [load_models(m, pick_device(device)) for m in manifests]
+    device = pick_device(device)
+    torch.ones(1, device=device).sum().item()       # a GPU that this torch has no code for says so here, not as the fallback of every study
+    try: return [load_models(m, device) for m in manifests]
     except (KeyError, AttributeError) as e: raise RunError(f'the run does not say {e}, so another version of mscan made it: run its stages again with this one') from None
 
 

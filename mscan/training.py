@@ -30,7 +30,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-# %% ../nbs/06_training.ipynb #dc33bc9d
+# %% ../nbs/06_training.ipynb #89e59842
 def seed_everything(
     seed, # any int >= 0
 ):
@@ -40,6 +40,7 @@ def seed_everything(
         os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # cuBLAS and cuDNN's recurrent nets repeat only with this
         torch.backends.cudnn.benchmark = False
         torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # else every new tensor is written once for nothing
 
 def pick_device(
     device='auto', # 'auto', 'cpu', 'cuda', 'cuda:1'
@@ -48,8 +49,9 @@ def pick_device(
     if str(device) == 'auto': device = 'cuda' if torch.cuda.is_available() else 'cpu'
     device = torch.device(device)
     if str(device) == 'cuda' and 'LOCAL_RANK' in os.environ: device = torch.device('cuda', int(os.environ['LOCAL_RANK']))  # one of several processes
-    if device.type == 'cuda' and not torch.cuda.is_available():
-        raise ValueError(f'device {str(device)!r} was asked for, but torch sees no GPU; use device auto or cpu')
+    seen = torch.cuda.device_count() if device.type == 'cuda' and torch.cuda.is_available() else 0
+    if device.type == 'cuda' and (device.index or 0) >= seen:
+        raise ValueError(f"device {str(device)!r} was asked for, but torch sees {f'only {seen} GPU' if seen else 'no GPU'}; use device auto or cpu")
     return device
 
 def pick_precision(
@@ -64,7 +66,7 @@ def pick_precision(
     if device.type == 'cuda': return 'bf16' if torch.cuda.get_device_capability(device)[0] >= 8 else 'fp16'
     return 'bf16' if getattr(torch.cpu, '_is_amx_tile_supported', bool)() else 'no'
 
-# %% ../nbs/06_training.ipynb #bd6b3963
+# %% ../nbs/06_training.ipynb #8bd98141
 def weighted_ce(
     logits,            # (..., 3) float
     grade,             # (...) int or float; below 0 or nan = missing
@@ -76,7 +78,7 @@ def weighted_ce(
         raise ValueError(f'logits {tuple(logits.shape)} do not fit grades {tuple(grade.shape)} and {len(weights)} weights')
     known = grade >= 0                                                        # nan >= 0 is false
     y = torch.where(known, grade, torch.zeros_like(grade)).long()             # (...)
-    w = torch.tensor(weights, dtype=torch.float32, device=logits.device)[y] * known
+    w = sum(float(v) * (y == k) for k, v in enumerate(weights)) * known       # no table of weights: a copy to a GPU would wait for it
     if sample_weight is not None: w = w * sample_weight.view(-1, *[1] * (w.dim() - 1))
     z = torch.where(known.unsqueeze(-1), logits.float(), torch.zeros((), device=logits.device))
     ce = F.cross_entropy(z.reshape(-1, len(weights)), y.reshape(-1), reduction='none').reshape(y.shape)

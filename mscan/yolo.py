@@ -163,17 +163,21 @@ def train_yolo(
     history = pd.DataFrame(rows).assign(train_loss=lambda t: t.filter(like='_loss').sum(axis=1))
     return network, history.assign(**{k: [np.nan] * (len(history) - 1) + [v] for k, v in metrics.items()})
 
-# %% ../nbs/39_yolo.ipynb #52068800
+# %% ../nbs/39_yolo.ipynb #47b36eee
 @torch.no_grad()
 def best_boxes(
     network,              # of `build_yolo` or `train_yolo`
     images: np.ndarray,   # (n, size, size) uint8
     device='cpu',
+    batch: int=32,        # images at a time
 ):                        # p (n, classes), boxes (n, classes, 4): x, y of the centre, width, height
     "Largest probability of each class in each image, and its box. Convention: pixels, 0 = centre of the first pixel."
-    x = torch.from_numpy(images).to(device).float()[:, None].expand(-1, 3, -1, -1) / 255     # (n, 3, size, size)
-    out = network.eval()(x)[0].float()                                                       # (n, 4 + classes, anchors): x, y, w, h, probabilities
-    p, best = out[:, 4:].max(-1)                                                             # (n, classes)
-    boxes = out[:, :4].gather(2, best[:, None].expand(-1, 4, -1)).transpose(1, 2)            # (n, classes, 4), 0 = outer edge of the first pixel
-    shift = torch.tensor([.5, .5, 0, 0], device=boxes.device)
-    return p.cpu().numpy().astype(float), (boxes - shift).cpu().numpy().astype(float)
+    network.eval()
+    parts, shift = [], torch.tensor([.5, .5, 0, 0], device=device)
+    for k in range(0, len(images), batch):
+        x = torch.from_numpy(images[k:k + batch]).to(device).float()[:, None].expand(-1, 3, -1, -1) / 255   # (n, 3, size, size)
+        out = network(x)[0].float()                                                          # (n, 4 + classes, anchors): x, y, w, h, probabilities
+        p, best = out[:, 4:].max(-1)                                                         # (n, classes)
+        boxes = out[:, :4].gather(2, best[:, None].expand(-1, 4, -1)).transpose(1, 2)        # (n, classes, 4), 0 = outer edge of the first pixel
+        parts.append((p.cpu().numpy().astype(float), (boxes - shift).cpu().numpy().astype(float)))
+    return tuple(np.concatenate(a) for a in zip(*parts, strict=True))

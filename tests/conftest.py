@@ -10,6 +10,7 @@ from pathlib import Path
 os.environ.setdefault('OMP_NUM_THREADS', '1')
 os.environ.setdefault('YOLO_OFFLINE', '1')
 os.environ.setdefault('MPLBACKEND', 'Agg')
+os.environ.setdefault('CUDA_VISIBLE_DEVICES', '')   # expected figures are a CPU's, and a GPU's convolutions round otherwise; CUDA_VISIBLE_DEVICES=0 runs the tests on it
 
 import pandas as pd
 import pytest

@@ -1,12 +1,15 @@
 "The training loop on problems of seconds: exact fractions over micro-batches and processes, what is kept, what stays frozen, what is refused."
 import copy, json, os, socket, subprocess, sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate.optimizer import patch_optimizer_step
 from torch import nn
 from torch.utils.data import DataLoader
 
+from mscan import training
 from mscan.training import (INTENDED_USE, Loop, WeightsError, fit, freeze, load_card, load_state, load_weights, loaded, pick_device, pick_precision, save_weights,
                             seed_everything, weighted_ce)
 from mscan.weights import mscan_weights
@@ -191,9 +194,13 @@ torch.distributed.destroy_process_group()
 
 def test_each_of_several_processes_has_its_own_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
     assert str(pick_device('auto')) == 'cuda'
     monkeypatch.setenv('LOCAL_RANK', '1')
     assert [str(pick_device(d)) for d in ('auto', 'cuda', 'cuda:0', 'cpu')] == ['cuda:1', 'cuda:1', 'cuda:0', 'cpu']
+    with pytest.raises(ValueError, match='only 2 GPU'): pick_device('cuda:2')
+    monkeypatch.setenv('LOCAL_RANK', '2')
+    with pytest.raises(ValueError, match="'cuda:2' was asked for"): pick_device('auto')
 
 
 def test_two_processes_equal_one(tmp_path):
@@ -297,6 +304,47 @@ def test_a_loss_that_is_not_finite_is_told_with_its_step_though_nobody_waited(mo
     model = network()
     with pytest.raises(FloatingPointError, match='step 3: training loss is nan'): train(4, loss=breaks, model=model)
     assert len(calls) == 6 and all(p.isfinite().all() for p in model.parameters()), 'seen at the end of the epoch, and the step itself was skipped'
+
+
+@pytest.fixture
+def scaled(monkeypatch):
+    "fp16 needs a GPU, its scaler does not: trainings on the CPU, in float32, scaled as they would be. Called with the first scale, a power of two."
+    def to(power):
+        def begin(*args, **settings):
+            loop = real(*args, **settings)
+            acc, own = loop.accelerator, loop.optimizer
+            acc.scaler = own.scaler = scaler = torch.amp.GradScaler('cpu', init_scale=2. ** power)
+            acc.native_amp, acc.state._mixed_precision, acc.autocast = True, 'fp16', nullcontext
+            own._accelerate_step_called, own._optimizer_original_step_method, own._optimizer_patched_step_method = False, own.optimizer.step, patch_optimizer_step(own, own.optimizer.step)
+            scalers.append(scaler)
+            return loop
+        monkeypatch.setattr(training, 'start', begin)
+        return scalers
+    real, scalers = training.start, []
+    return to
+
+
+@pytest.mark.parametrize('clip', [None, .05, 1e6])
+@pytest.mark.parametrize('accumulation', [1, 2])
+def test_the_scaler_of_fp16_changes_no_step(scaled, clip, accumulation):
+    "Scaled, divided by the denominator, unscaled, clipped, stepped: in this order the weights are those of a training without."
+    settings = dict(batch=4, accumulation=accumulation, clip=clip, validation=DataLoader(problem(30, seed=7), batch_size=30))
+    plain, history = train(**settings)
+    scalers = scaled(10)
+    model, other = train(**settings)
+    assert other.precision == 'fp16' and scalers[0].get_scale() == 2. ** 10
+    assert distance(plain, model) < 1e-6 and abs(history.table[['train_loss', 'validation_loss']] - other.table[['train_loss', 'validation_loss']]).to_numpy().max() < 1e-6
+
+
+def test_a_step_whose_gradient_overflows_is_left_out_and_the_scale_halved(scaled):
+    scalers, calls = scaled(10), []
+
+    def overflows(model, batch):
+        num, den = loss(model, batch)
+        calls.append(0)
+        return (num + 0 * (0 * model[0].weight.sum()).sqrt() if len(calls) == 2 else num), den      # finite, and its gradient is not
+    model, history = train(4, loss=overflows)
+    assert scalers[0].get_scale() == 2. ** 9 and all(p.isfinite().all() for p in model.parameters()) and history.table.train_loss.notna().all()
 
 
 class Noisy(torch.utils.data.Dataset):
