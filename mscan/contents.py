@@ -220,7 +220,7 @@ def parts_apart(
     if (shown < SHOWN).all(): return [None if (shown < SHOWN / 2).all() or not near.all() else False] * len(sagittal)
     return [bool(v < shown.max() - LESS and not near[i, shown.argmax()]) for i, v in enumerate(shown)]
 
-# %% ../nbs/091_contents.ipynb #4f850100
+# %% ../nbs/091_contents.ipynb #3bc08393
 def _no_series(study): return [f"no {'axial' if 'axial' in v else 'sagittal'} {v[-2:].upper()} series" for v in VIEWS.values() if not study.of(v)]
 
 
@@ -259,6 +259,7 @@ def examine(
         findings.append(_finding(s.series_id, 'elsewhere' if sure else 'elsewhere_unsure', s.view, 'another part', 'set aside' if sure else 'kept'))
         if not sure: whole.append(s)
     out = replace(study, series=whole, aside=[s for s in study.series if s.series_id not in {w.series_id for w in whole}])
+    findings = [f for f in findings if f['done'] == 'set aside' or f['series_id'] not in {a.series_id for a in out.aside}]  # what is set aside is used as nothing
     out.problems = [p for p in study.problems if p not in missing] + [SENTENCES[f['kind']].format(**f) for f in findings if f['kind'] in SENTENCES] + _no_series(out)
     return out, findings
 

@@ -116,6 +116,14 @@ def test_a_series_of_another_part_is_set_aside(study, z):
     assert examine(replace(study.study, series=[near, *study.study.series]))[1] == []
 
 
+def test_of_a_series_that_is_set_aside_only_that_is_said(study):
+    t1 = of(study.study, 'sagittal_t1')
+    both = lambda z: examine(replace(study.study, series=[replace(t1, series_id='odd', view='sagittal_t2', image_position=t1.image_position + [0, 0, z]), *study.study.series]), always=True)
+    (near, seen), (far, findings) = both(0), both(180)
+    assert [f['kind'] for f in seen if f['series_id'] == 'odd'] and not near.aside        # its contrast is doubted where it counts
+    assert [f['kind'] for f in findings if f['series_id'] == 'odd'] == ['elsewhere'] and [s.series_id for s in far.aside] == ['odd'] and [p for p in far.problems if ' odd' in p] == ['series odd: it shows another part of the spine than the other series: set aside']
+
+
 def test_who_is_apart_without_axial_slices_needs_a_majority(study):
     t1, t2 = of(study.study, 'sagittal_t1'), of(study.study, 'sagittal_t2')
     far = replace(t2, image_position=t2.image_position + [0, 0, 180])
