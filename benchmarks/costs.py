@@ -22,6 +22,9 @@ from mscan.yolo import build_yolo
 
 from ._common import ROOT
 
+sys.path.insert(0, str(ROOT / 'docs'))      # beside the pages
+from parameters import between
+
 STUDIES = 1975                       # of the competition's training set
 SUSTAINED = {'T4 (fp16)': 15e12, 'A100 (bf16)': 90e12, 'H100 (bf16)': 180e12}   # a little under a third of the vendors' dense figures of 65, 312 and 989 / 2: an assumption, not a measurement
 PER_STUDY = {'20_keypoints': 346 / 71, '22_sides foramina': 753 / 71, '22_sides recesses': 1014 / 71, '30_crops': 935 / 71, 'sagittal': 1017 / 71, 'axial': 1186 / 71, 'foramen': 2820 / 71, 'recess': 1998 / 71, '40_levels': 304 / 71}
@@ -127,8 +130,7 @@ def by_stage(rows: dict) -> list:
 
 def written(page: Path, lines: list):
     "Lines between the markers of a page."
-    before, rest = page.read_text(encoding='utf-8').split(MARKS[0])
-    page.write_text(before + '\n'.join([MARKS[0], *lines, MARKS[1]]) + rest.split(MARKS[1])[1], encoding='utf-8')
+    page.write_text(between(page.read_text(encoding='utf-8'), *MARKS, [*lines, '']), encoding='utf-8')
 
 
 def main(argv=None) -> int:

@@ -55,7 +55,8 @@ def tables() -> list:
 
 
 def between(text: str, begin: str, end: str, lines: list) -> str:
-    "A text with other lines between two markers."
+    "A text with other lines between two markers; raises ValueError where one is absent."
+    if text.count(begin) != 1 or text.count(end) != 1: raise ValueError(f'there is no one place between {begin} and {end}')
     before, _, rest = text.partition(begin)
     return '\n'.join([before + begin, '', *lines]) + end + rest.partition(end)[2]
 

@@ -6,6 +6,8 @@ import argparse
 import json
 from pathlib import Path
 
+from parameters import between
+
 ROOT = Path(__file__).resolve().parents[1]
 MADE_BY = 'python docs/results.py: {} is absent; `make proof` makes it'
 
@@ -71,20 +73,12 @@ def missing(of: dict) -> list:
     return table(rows)
 
 
-def put(text: str, name: str, lines: list) -> str:
-    "A text with other lines between the markers of a name."
-    before, begin, rest = text.partition(f'<!-- {name} -->\n')
-    _, end, after = rest.partition(f'<!-- /{name} -->')
-    if not begin or not end: raise ValueError(f'there is no place called {name}')
-    return before + begin + '\n'.join(lines) + '\n' + end + after
-
-
 def filled(text: str, run_dir: Path, benchmarks: Path) -> str:
     "README with the tables of a run; raises FileNotFoundError where one was not made."
     sources = dict(proof=(run_dir / 'proof/table.md', lambda f: scores(f.read_text(encoding='utf-8'))), places=(benchmarks / 'sides.json', lambda f: places(figures(f))), missing=(benchmarks / 'missing.json', lambda f: missing(figures(f))))
     for name, (file, lines) in sources.items():
         if not file.exists(): raise FileNotFoundError(MADE_BY.format(file.name))
-        text = put(text, name, lines(file))
+        text = between(text, f'<!-- {name} -->', f'<!-- /{name} -->', [*lines(file), ''])
     return text
 
 

@@ -198,7 +198,7 @@ def best_chain(
     for b in reversed(back): chain.insert(0, int(b[chain[0]]))
     return np.array(chain), float(score.max() / len(masses))
 
-# %% ../nbs/20_keypoints.ipynb #fd057651
+# %% ../nbs/20_keypoints.ipynb #7c74ba6f
 SHIFT_MARGIN = 1.   # mean log score a level by which the best chain must lead; measured on the phantom in the run part
 
 
@@ -216,7 +216,7 @@ def heat_maps(
         x = torch.from_numpy(images[k:k + batch, None]).to(device).float() / 255
         if x.device.type == 'cpu': x = x.contiguous(memory_format=torch.channels_last)
         parts.append(net(x).float().softmax(-1).cpu().numpy())
-    p = np.concatenate(parts) if len(parts) > 1 else parts[0]
+    p = np.concatenate(parts)
     return p[..., :-1].reshape(*p.shape[:2], *images.shape[1:]), p[..., -1]
 
 # %% ../nbs/20_keypoints.ipynb #1c107d8b

@@ -213,7 +213,7 @@ def paged(run_dir, say):
     except Exception: write(); raise
     write()
 
-# %% ../nbs/08_runner.ipynb #36458062
+# %% ../nbs/08_runner.ipynb #f24ad2d5
 NO_FILE = ('', 'none', 'imagenet')  # words for `pretrained` that name no file
 
 def weights_wanted(
@@ -224,6 +224,7 @@ def weights_wanted(
         file = str(values.get('pretrained', 'none'))
         if file not in NO_FILE and not resolve(file).is_file(): raise RunError(f'{stage}.pretrained: there is no file {file}; name one with `-p {stage}.pretrained <file>`, or start at random with `-p {stage}.pretrained none`')
 
+# %% ../nbs/08_runner.ipynb #494117a0
 def run_stages(
     data_dir,      # the competition's folder, as unpacked
     run_dir,       # where products, manifests and executed notebooks go
