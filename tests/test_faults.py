@@ -152,7 +152,10 @@ def until(condition, seconds=60):
 
 def apart(function):
     "A process of its own session, so that signals can be sent to it and its workers as a terminal does."
-    def child(): os.setsid(); function()
+    def child():
+        os.setsid()
+        signal.signal(signal.SIGINT, signal.default_int_handler)      # a shell's background jobs, and what they start, ignore it
+        function()
     process = FORK.Process(target=child)
     process.start()
     return process
