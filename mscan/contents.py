@@ -9,17 +9,17 @@ __all__ = ['PLANES', 'MAX_TILT_DEG', 'GRID_MM', 'BAND_MM', 'FLANK_MM', 'TALL_MM'
            'series_plane', 'ridges', 'seams', 'seam_maps', 't2_evidence', 't2_log_odds', 'axial_spot', 'contrast_named',
            'header_contrast', 'contrast_votes', 'parts_apart', 'examine', 'coverage', 'out_of_view', 'level_doubts']
 
-# %% ../nbs/091_contents.ipynb #3f05b3d5
+# %% ../nbs/091_contents.ipynb #4c8c6604
 from dataclasses import replace
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pandas as pd
-import pydicom
 
 from .dicom import Series, Study, slice_middles
 from .geometry import contains, plane_distances, plane_of
+from .headers import parse_head, value_of
 from .mirror import conventional
 from .rsna import LEVELS, VIEWS, check_id
 
@@ -151,7 +151,7 @@ def axial_spot(
         found.append(strength[h * 3 // 10:h * 7 // 10 + 1, max(0, w // 2 - 12):w // 2 + 12].max())
     return float(np.median(found))
 
-# %% ../nbs/091_contents.ipynb #0db42295
+# %% ../nbs/091_contents.ipynb #d3566942
 def contrast_named(
     text,   # such as `t2_tse_sag`
 ):          # 't1', 't2' or ''
@@ -166,7 +166,7 @@ def header_contrast(
     series: Series,  # its first file is read, without pixels
 ) -> str:            # 't1', 't2' or ''
     "The contrast that the header of a series names. Raises nothing."
-    try: return contrast_named(pydicom.dcmread(Path(folder) / check_id(series.series_id) / series.files[0], stop_before_pixels=True, specific_tags=['SeriesDescription']).get('SeriesDescription'))
+    try: return contrast_named(value_of(parse_head(Path(folder) / check_id(series.series_id) / series.files[0]), 'SeriesDescription'))
     except Exception: return ''
 
 # %% ../nbs/091_contents.ipynb #26bee689

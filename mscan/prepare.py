@@ -7,7 +7,7 @@ __all__ = ['TABLES', 'noted', 'read_tables', 'series_report', 'remarks_on', 'stu
            'read_any', 'cache_study', 'jobs_of', 'read_studies', 'split_rows', 'stored_series', 'load_study',
            'read_folder', 'note_coverage', 'write_tables', 'load_tables', 'prepare', 'sentence']
 
-# %% ../nbs/10_prepare.ipynb #d6e9ebbd
+# %% ../nbs/10_prepare.ipynb #972b4f4e
 import json
 import sys
 import warnings
@@ -20,7 +20,7 @@ import pandas as pd
 from .contents import examine, out_of_view
 from .dicom import Series, Study, read_study
 from .engines import engine_of
-from .files import whole_files
+from .files import begun, whole_files
 from .folders import Found, Limits, read_found
 from .images import normalise
 from .metrics import prior_table
@@ -148,7 +148,7 @@ def read_any(
     elif not found.folder: named = {s.series_id for s in study.series if not any(p.startswith(f'series {s.series_id}: ') and 'assumed' in p for p in study.problems)}   # what headers say was asked when it was grouped
     return examine(study, found.folder or None, named, always)
 
-# %% ../nbs/10_prepare.ipynb #74b298f4
+# %% ../nbs/10_prepare.ipynb #8990af4b
 def cache_study(
     job,  # data_dir, split, study_id, descriptions, cache folder, low and high percentile
 ):        # rows of `slices`, report
@@ -165,9 +165,10 @@ def cache_study(
             rows.append(slice_rows(series, offset, turned))
             for p in series.pixels: file.write(p)
             offset += int(series.shape.prod(1).sum())
+        file.flush(); begun(file.fileno())
     return (pd.concat(rows) if rows else pd.DataFrame()), report
 
-# %% ../nbs/10_prepare.ipynb #b17f3ef3
+# %% ../nbs/10_prepare.ipynb #c5f68749
 TABLES = tuple(f'{name}.csv' for name in ('train', 'train_label_coordinates', 'train_series_descriptions', 'test_series_descriptions'))
 
 
@@ -176,7 +177,7 @@ def jobs_of(
     ids: dict,               # split -> studies to read
     listed: dict,            # of `listed_studies`
     cache, low: float, high: float,
-) -> dict:                   # study -> (job of `cache_study`, what its result depends on)
+) -> dict:                   # study -> (job of `cache_study`, what its result depends on, bytes of its files)
     "What is to be read."
     out = {}
     for split, studies in ids.items():
@@ -185,8 +186,8 @@ def jobs_of(
         for s in studies:
             own = None if described is None else mine.get(s, described.iloc[:0])
             words = None if own is None else own[['series_id', 'view']].to_numpy().tolist()
-            key = fingerprint(reading_code(), split, low, high, words, listed[split].get(s))
-            out[s] = (str(data_dir), split, s, own, str(cache), low, high), key
+            seen, size = listed[split].get(s, ('', 0))
+            out[s] = (str(data_dir), split, s, own, str(cache), low, high), fingerprint(reading_code(), split, low, high, words, seen), size
     return out
 
 
@@ -197,9 +198,10 @@ def read_studies(
 ):                           # study -> dict(key, report, rows), in the order of the jobs; how many were read
     "Read what is new or changed, and note it."
     known = read_index(cache)
-    todo = [s for s, (_, key) in jobs.items() if not unchanged(known, cache, s, key)]
+    todo = [s for s, (_, key, _) in jobs.items() if not unchanged(known, cache, s, key)]
+    todo.sort(key=lambda s: -jobs[s][2])                          # the largest first: none is left to one process at the end
     fresh = dict(zip(todo, pooled(cache_study, [jobs[s][0] for s in todo], workers, 'read', progress, engine=engine), strict=True))
-    studies = {s: dict(key=key, rows=fresh[s][0], report=fresh[s][1]) if s in fresh else known[s] for s, (_, key) in jobs.items()}
+    studies = {s: dict(key=key, rows=fresh[s][0], report=fresh[s][1]) if s in fresh else known[s] for s, (_, key, _) in jobs.items()}
     if todo or set(known) != set(jobs): write_index(cache, studies)
     return studies, len(todo)
 

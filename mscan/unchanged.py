@@ -19,17 +19,18 @@ import pandas as pd
 from .dicom import MAX_NESTED
 from .files import forced, listing, whole_files
 
-# %% ../nbs/098_unchanged.ipynb #e13d3c40
+# %% ../nbs/098_unchanged.ipynb #7e6d0ab9
 def listed_studies(
     data_dir,   # competition folder
-) -> dict:      # split -> {name in its images: fingerprint of what lies there}
+) -> dict:      # split -> {name in its images: (fingerprint of what lies there, bytes)}
     "One walk over all images; nothing but names and what the system knows of files."
     found = {}
     for split in ('train', 'test'):
         root = Path(data_dir) / f'{split}_images'
         try: names = sorted(os.listdir(root))
         except OSError: names = []
-        found[split] = {name: fingerprint(listing(root / name, deepest=MAX_NESTED)) for name in names}
+        inside = {name: listing(root / name, deepest=MAX_NESTED) for name in names}
+        found[split] = {name: (fingerprint(files), sum(size for _, kind, size, _ in files if kind != -1)) for name, files in inside.items()}
     return found
 
 

@@ -9,6 +9,7 @@ import sys
 import warnings
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pandas as pd
 import pydicom
@@ -27,6 +28,7 @@ if str(ROOT) not in sys.path: sys.path.insert(0, str(ROOT))
 from benchmarks import fuzz
 from mscan import headers, heads, images, pixels, prepare, unchanged
 from mscan.dicom import Series
+from mscan.files import begun, whole_files
 from mscan.headers import DicomError, file_bytes, parse, parse_head, plain_parse, value_of
 
 from test_reading import put, slice_of
@@ -153,9 +155,12 @@ def slow_normalise(pixels_, low=.5, high=99.5):
 RANGES = dict(eight=('uint8', 0, 256), signed_eight=('int8', -128, 128), twelve=('uint16', 0, 4096), all_of_sixteen=('uint16', 0, 65536), far_from_zero=('uint16', 60000, 60100), signed=('int16', -32768, 32768), below_zero=('int16', -900, -100), white_is_low=('int32', -65535, 1), beyond=('int32', -2 ** 20, 2 ** 20), rescaled=('float32', -10, 10), flat=('uint16', 7, 8))
 
 
+@pytest.mark.parametrize('opencv', (cv2.__version__, '4.10.0'))      # before 5 it looks up bytes alone
 @pytest.mark.parametrize('kind', RANGES)
-def test_greys_from_a_table_are_the_greys_of_the_arithmetic(kind):
+def test_greys_from_a_table_are_the_greys_of_the_arithmetic(kind, opencv, monkeypatch):
     dtype, low, high = RANGES[kind]
+    monkeypatch.setattr(cv2, '__version__', opencv)
+    if opencv.startswith('4'): monkeypatch.delattr(cv2, 'LUT')
     rng = np.random.default_rng(2)
     raw = [(rng.uniform(low, high, s) if dtype == 'float32' else rng.integers(low, high, s)).astype(dtype) for s in ((40, 50), (33, 21), (1, 1))]
     raw[1] = np.asfortranarray(raw[1])
@@ -297,6 +302,27 @@ def test_an_interrupted_reading_leaves_nothing_half(data, tmp_path, monkeypatch)
     with pytest.raises(KeyboardInterrupt): prepared(data, tmp_path / 'out', high=98.)
     monkeypatch.setattr(prepare, 'cache_study', real)
     assert prepared(data, tmp_path / 'out').read == 4 and products(tmp_path / 'out') == before
+
+
+def test_the_largest_studies_are_read_first_and_stand_in_their_order(data, tmp_path, monkeypatch):
+    real, seen = prepare.cache_study, []
+    monkeypatch.setattr(prepare, 'cache_study', lambda job: seen.append(job[2]) or real(job))
+    tables = prepared(data, tmp_path / 'out')
+    sizes = {p.name: sum(f.stat().st_size for f in p.rglob('*.dcm')) for p in (*data.glob('train_images/*'), *data.glob('test_images/*'))}
+    assert len(set(sizes.values())) > 3 and seen == sorted(seen, key=lambda s: -sizes[s]) and len(seen) == len(sizes) == 8
+    assert list(tables.studies.study_id) != seen and list(tables.slices.study_id.drop_duplicates()) == list(tables.studies.study_id)
+
+
+@pytest.mark.parametrize('system', ('as it is', 'refuses', 'has no such call'))
+def test_a_file_that_the_disk_has_begun_with_is_as_whole_as_before(tmp_path, monkeypatch, system):
+    def refuses(*args): raise OSError(22, 'Invalid argument')
+    if system == 'refuses': monkeypatch.setattr(os, 'posix_fadvise', refuses, raising=False)
+    if system == 'has no such call': monkeypatch.delattr(os, 'posix_fadvise', raising=False)
+    first, last = os.urandom(3_000_001), os.urandom(77)
+    with whole_files(tmp_path / 'x', lasting=False) as (half,), open(half, 'wb') as file:
+        file.write(first); file.flush(); begun(file.fileno())
+        file.write(last)
+    assert (tmp_path / 'x').read_bytes() == first + last
 
 
 def test_without_times_of_change_names_and_sizes_decide(data, monkeypatch):
