@@ -1,16 +1,11 @@
 "The benchmarks' own checks can fail: each finds what was planted, keeps quiet on noise, and computes what a hand can compute. About 20 seconds."
 import itertools
-import sys
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
-
-ROOT = Path(__file__).resolve().parents[1]
-if str(ROOT) not in sys.path: sys.path.insert(0, str(ROOT))
 
 from benchmarks import _cnn, _common, _crops, difficulty, intersections, localiser, prevalence, scanners, shortcuts, views
 from mscan import images, phantom

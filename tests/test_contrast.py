@@ -1,16 +1,11 @@
 "A study without sagittal T1 is graded on T2 only by a model that has met foramina there: crops, features, rungs. About 5 seconds."
-import sys
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-
-ROOT = Path(__file__).resolve().parents[1]
-if str(ROOT) not in sys.path: sys.path.insert(0, str(ROOT))
 
 from benchmarks import missing
 from mscan.foramina import offset_foramina

@@ -21,7 +21,6 @@ from mscan.runner import find_stages, plan, read_preset
 from mscan.runs import declared_parameters
 
 PAGES = [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md')), ROOT / 'benchmarks/README.md', ROOT / 'submission/README.md']
-sys.path.insert(0, str(ROOT / 'docs'))
 INI = ConfigParser(delimiters=['='], interpolation=None)
 INI.read(ROOT / 'settings.ini', encoding='utf-8')
 SCRIPTS = dict(line.split('=') for line in INI['DEFAULT']['console_scripts'].split())

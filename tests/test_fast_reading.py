@@ -23,7 +23,6 @@ from pydicom.tag import Tag
 from pydicom.uid import ExplicitVRLittleEndian, RLELossless
 
 ROOT = Path(__file__).resolve().parents[1]
-if str(ROOT) not in sys.path: sys.path.insert(0, str(ROOT))
 
 from benchmarks import fuzz
 from mscan import headers, heads, images, pixels, prepare, unchanged

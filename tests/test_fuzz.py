@@ -1,5 +1,4 @@
 "A hundred of the inputs of `python -m benchmarks.fuzz`, whether its checks can fail, and headers of every kind. About 20 seconds."
-import sys
 import tempfile
 import warnings
 from pathlib import Path
@@ -8,9 +7,6 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-
-ROOT = Path(__file__).resolve().parents[1]
-if str(ROOT) not in sys.path: sys.path.insert(0, str(ROOT))
 
 from benchmarks import fuzz
 from mscan import dicom, pixels

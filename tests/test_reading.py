@@ -23,7 +23,6 @@ from mscan.geometry import plane_of
 from mscan.pixels import file_bytes, parse, picture
 
 ROOT = Path(__file__).resolve().parents[1]
-if str(ROOT) not in sys.path: sys.path.insert(0, str(ROOT))
 
 from benchmarks import fuzz
 

@@ -1,16 +1,11 @@
 "Left and right come from the patient: properties that a wrong side, a wrong storage or a blind network breaks. No training, about 10 seconds."
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from torch import nn
-
-ROOT = Path(__file__).resolve().parents[1]
-if str(ROOT) not in sys.path: sys.path.insert(0, str(ROOT))
 
 from mscan import foramina, recesses, sides
 from mscan.dicom import Study
