@@ -11,7 +11,7 @@ import stat
 from contextlib import contextmanager
 from pathlib import Path
 
-# %% ../nbs/004_files.ipynb #7edf47a4
+# %% ../nbs/004_files.ipynb #d3069a13
 def forced(
     path,  # file or folder
 ):
@@ -25,24 +25,26 @@ def forced(
 
 
 def begun(
-    handle,  # of an open file
+    path,  # file
 ):
-    "Let the disk begin, and do not wait for it: what is written while others compute costs nothing later. Raises nothing."
+    "Let the disk begin with it, and do not wait. Raises nothing where the system has no such call."
+    handle = os.open(path, os.O_RDONLY)
     try: os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)   # on Linux: write out; what is not yet written is not forgotten
-    except (AttributeError, OSError): pass                        # elsewhere it waits until it is forced
+    except (AttributeError, OSError): pass                        # elsewhere the disk begins when the file is forced
+    finally: os.close(handle)
 
 
 @contextmanager
 def whole_files(
     *paths,            # in existing folders
-    lasting=True,      # wait for the disk; False: the caller does, see `forced`, before anything says that they are there
+    lasting=True,      # wait for the disk; False: it begins, and the caller waits, see `forced`, before anything says that they are there
 ):
     "Yields a path to write for each; all are renamed where the block ends well and removed where it does not. Raises OSError with the file's name."
     paths = [Path(p) for p in paths]
     halves = [p.with_name(f'.{os.getpid()}.{p.name}') for p in paths]         # the ending stays: np.save and others look at it
     try:
         yield halves
-        for half in halves if lasting else (): forced(half)
+        for half in halves: (forced if lasting else begun)(half)
         for half, path in zip(halves, paths, strict=True): os.replace(half, path)
         for folder in {p.parent for p in paths} if lasting else (): forced(folder)
     except OSError as e:

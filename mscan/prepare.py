@@ -7,7 +7,7 @@ __all__ = ['TABLES', 'noted', 'read_tables', 'series_report', 'remarks_on', 'stu
            'read_any', 'cache_study', 'jobs_of', 'read_studies', 'split_rows', 'stored_series', 'load_study',
            'read_folder', 'note_coverage', 'write_tables', 'load_tables', 'prepare', 'sentence']
 
-# %% ../nbs/10_prepare.ipynb #972b4f4e
+# %% ../nbs/10_prepare.ipynb #81b5d366
 import json
 import sys
 import warnings
@@ -20,7 +20,7 @@ import pandas as pd
 from .contents import examine, out_of_view
 from .dicom import Series, Study, read_study
 from .engines import engine_of
-from .files import begun, whole_files
+from .files import whole_files
 from .folders import Found, Limits, read_found
 from .images import normalise
 from .metrics import prior_table
@@ -148,7 +148,7 @@ def read_any(
     elif not found.folder: named = {s.series_id for s in study.series if not any(p.startswith(f'series {s.series_id}: ') and 'assumed' in p for p in study.problems)}   # what headers say was asked when it was grouped
     return examine(study, found.folder or None, named, always)
 
-# %% ../nbs/10_prepare.ipynb #8990af4b
+# %% ../nbs/10_prepare.ipynb #aafdab3a
 def cache_study(
     job,  # data_dir, split, study_id, descriptions, cache folder, low and high percentile
 ):        # rows of `slices`, report
@@ -165,7 +165,6 @@ def cache_study(
             rows.append(slice_rows(series, offset, turned))
             for p in series.pixels: file.write(p)
             offset += int(series.shape.prod(1).sum())
-        file.flush(); begun(file.fileno())
     return (pd.concat(rows) if rows else pd.DataFrame()), report
 
 # %% ../nbs/10_prepare.ipynb #c5f68749

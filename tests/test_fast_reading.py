@@ -317,11 +317,10 @@ def test_a_file_that_the_disk_has_begun_with_is_as_whole_as_before(tmp_path, mon
     def refuses(*args): raise OSError(22, 'Invalid argument')
     if system == 'refuses': monkeypatch.setattr(os, 'posix_fadvise', refuses, raising=False)
     if system == 'has no such call': monkeypatch.delattr(os, 'posix_fadvise', raising=False)
-    first, last = os.urandom(3_000_001), os.urandom(77)
-    with whole_files(tmp_path / 'x', lasting=False) as (half,), open(half, 'wb') as file:
-        file.write(first); file.flush(); begun(file.fileno())
-        file.write(last)
-    assert (tmp_path / 'x').read_bytes() == first + last
+    content = os.urandom(3_000_001)
+    with whole_files(tmp_path / 'x', lasting=False) as (half,): half.write_bytes(content)
+    begun(tmp_path / 'x')
+    assert (tmp_path / 'x').read_bytes() == content and os.listdir(tmp_path) == ['x']
 
 
 def test_without_times_of_change_names_and_sizes_decide(data, monkeypatch):

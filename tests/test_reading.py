@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import tracemalloc
 import warnings
 import zlib
 from pathlib import Path
@@ -200,16 +201,17 @@ def test_monochrome1_and_a_rescale_are_honoured(tmp_path):
 # --- hostile files -------------------------------------------------------------------------------------------------
 
 def test_deflated_data_unpack_to_a_limit(tmp_path):
-    import resource
     put(tmp_path, 'x.dcm', [0, 0, 0], syntax=DeflatedExplicitVRLittleEndian)
     data = (tmp_path / 'x.dcm').read_bytes()
     packer = zlib.compressobj(9, zlib.DEFLATED, -15)
     head = data[:data.index(b'\x02\x00\x10\x00UI') + 8 + 22]
-    bomb = head + b''.join(packer.compress(bytes(2 ** 22)) for _ in range(48)) + packer.flush()         # 200 kB for 192 MiB
-    assert len(bomb) < 2 ** 18
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(DicomError, match='unpack to more than 128 MiB'): parse(bomb)
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 600 * 1024
+    bomb = head + b''.join(packer.compress(bytes(2 ** 22)) for _ in range(128)) + packer.flush()        # 500 kB for 512 MiB
+    assert len(bomb) < 2 ** 20
+    tracemalloc.start()
+    try:
+        with pytest.raises(DicomError, match='unpack to more than 128 MiB'): parse(bomb)
+        assert 2 ** 27 <= tracemalloc.get_traced_memory()[1] < 2.5 * 2 ** 27          # of this call, whatever the tests before it have held
+    finally: tracemalloc.stop()
 
 
 def test_declared_sizes_cost_nothing(tmp_path):
